@@ -1,0 +1,222 @@
+"""
+Turns the four kinds of factory into one: something that is started, which
+gives the value and perhaps a generator, and later finished with how the scope
+ended. Past this module nobody asks which kind it was, only whether it is
+async.
+"""
+
+import inspect
+import types
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from scoped.exceptions import FactoryError
+
+__all__ = ["Factory"]
+
+_ONCE = "Yield the value exactly once; what follows the `yield` tears it down."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factory:
+    """
+    ``start()`` returns ``(value, generator or None)`` and ``finish(generator,
+    failure)`` tears the value down; both are coroutine functions where
+    ``is_async`` is true.
+    """
+
+    name: str
+    declared_at: str
+    kind: str
+    is_async: bool
+    start: Callable[[], Any]
+    finish: Callable[[Any, BaseException | None], Any]
+
+    @classmethod
+    def of(cls, function: Callable[[], Any]) -> "Factory":
+        """
+        Raises FactoryError where ``function`` is no function that can be called
+        without arguments.
+        """
+        if not inspect.isroutine(function):
+            raise _refusal(function)
+        name = f"{function.__module__}.{function.__qualname__}"
+        code = getattr(function, "__code__", None)
+        declared_at = f"{code.co_filename}:{code.co_firstlineno}" if code else "a builtin"
+        label = _label(name, declared_at)
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.default is parameter.empty and parameter.kind not in (
+                parameter.VAR_POSITIONAL,
+                parameter.VAR_KEYWORD,
+            ):
+                raise FactoryError(
+                    label,
+                    f"needs an argument, {parameter.name!r}",
+                    "A factory is called without arguments: ask for what it needs in its body, "
+                    "or give the parameter a default.",
+                )
+        if inspect.isasyncgenfunction(function):
+            kind, is_async = "async generator", True
+            start, finish = _async_generator(label, function)
+        elif inspect.iscoroutinefunction(function):
+            kind, is_async = "coroutine function", True
+            start, finish = _coroutine_function(function), _nothing_to_finish
+        elif inspect.isgeneratorfunction(function):
+            kind, is_async = "generator", False
+            start, finish = _generator(label, function)
+        else:
+            inner = inspect.unwrap(function)
+            if inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
+                raise FactoryError(
+                    label,
+                    "is a generator function wrapped in another decorator",
+                    "Decorate the generator function itself, without @contextmanager or "
+                    "@asynccontextmanager: scoped makes one of it.",
+                )
+            kind, is_async = "function", False
+            start, finish = _function(label, function), _nothing_to_finish
+        return cls(name, declared_at, kind, is_async, start, finish)
+
+    def __str__(self) -> str:
+        return _label(self.name, self.declared_at)
+
+
+def _label(name: str, declared_at: str) -> str:
+    return f"{name} ({declared_at})"
+
+
+def _refusal(thing: object) -> FactoryError:
+    if inspect.isclass(thing):
+        call = f"{thing.__name__}(...)"
+        what = f"{thing.__module__}.{thing.__qualname__} is a class"
+    else:
+        call = "..."
+        what = f"{thing!r} is not a function"
+    name, _, problem = what.rpartition(" is ")
+    return FactoryError(
+        name,
+        f"is {problem}, so it cannot be a factory",
+        f"Write a function: `def name(): return {call}`, or `async def` with `return` or `yield`.",
+    )
+
+
+async def _aclose(generator: AsyncGenerator[Any, None]) -> Exception | None:
+    try:
+        await generator.aclose()
+    except Exception as error:
+        return error
+    return None
+
+
+def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
+    """
+    Whether a generator gave back what was thrown into it. Python turns a
+    StopIteration or StopAsyncIteration that leaves a generator into a
+    RuntimeError (PEP 479, PEP 525).
+    """
+    return error is failure or (
+        isinstance(failure, StopIteration | StopAsyncIteration)
+        and isinstance(error, RuntimeError)
+        and error.__cause__ is failure
+    )
+
+
+def _async_generator(
+    label: str, function: Callable[[], AsyncGenerator[Any, None]]
+) -> tuple[Callable[[], Awaitable[Any]], Callable[[Any, BaseException | None], Awaitable[None]]]:
+    async def start() -> tuple[Any, AsyncGenerator[Any, None]]:
+        generator = function()
+        try:
+            value = await generator.__anext__()
+        except StopAsyncIteration:
+            raise FactoryError(label, "ended without a `yield`", _ONCE) from None
+        return value, generator
+
+    async def finish(
+        generator: AsyncGenerator[Any, None], failure: BaseException | None
+    ) -> None:
+        traceback = failure.__traceback__ if failure is not None else None
+        try:
+            if failure is None:
+                await generator.__anext__()
+            else:
+                await generator.athrow(failure)
+        except StopAsyncIteration:
+            return
+        except BaseException as error:
+            if _is_failure(error, failure):
+                return
+            raise
+        finally:
+            if failure is not None:
+                # Each throw adds the generator's frames to it.
+                failure.__traceback__ = traceback
+        raise FactoryError(label, "yielded more than once", _ONCE) from await _aclose(generator)
+
+    return start, finish
+
+
+def _generator(
+    label: str, function: Callable[[], Generator[Any, None, None]]
+) -> tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]:
+    def start() -> tuple[Any, Generator[Any, None, None]]:
+        generator = function()
+        try:
+            value = next(generator)
+        except StopIteration:
+            raise FactoryError(label, "ended without a `yield`", _ONCE) from None
+        return value, generator
+
+    def finish(generator: Generator[Any, None, None], failure: BaseException | None) -> None:
+        traceback = failure.__traceback__ if failure is not None else None
+        try:
+            if failure is None:
+                next(generator)
+            else:
+                generator.throw(failure)
+        except StopIteration:
+            return
+        except BaseException as error:
+            if _is_failure(error, failure):
+                return
+            raise
+        finally:
+            if failure is not None:
+                failure.__traceback__ = traceback
+        cause: Exception | None = None
+        try:
+            generator.close()
+        except Exception as error:
+            cause = error
+        raise FactoryError(label, "yielded more than once", _ONCE) from cause
+
+    return start, finish
+
+
+def _coroutine_function(
+    function: Callable[[], Awaitable[Any]],
+) -> Callable[[], Awaitable[tuple[Any, None]]]:
+    async def start() -> tuple[Any, None]:
+        return await function(), None
+
+    return start
+
+
+def _function(label: str, function: Callable[[], Any]) -> Callable[[], tuple[Any, None]]:
+    def start() -> tuple[Any, None]:
+        value = function()
+        if isinstance(value, types.CoroutineType):
+            value.close()
+            raise FactoryError(
+                label,
+                "is a sync function that returned a coroutine",
+                "Write `async def`, and `await` it there.",
+            )
+        return value, None
+
+    return start
+
+
+def _nothing_to_finish(generator: None, failure: BaseException | None) -> None:
+    raise AssertionError("a factory without a generator has nothing to finish")

@@ -1,0 +1,200 @@
+"""
+``Resource``, the frozen recipe, and the decorators that make one of a factory.
+
+The decorators return a plain function, so that ``await db()`` costs one
+closure's coroutine, and ``async_to_sync(db)`` works as for any other. Its
+recipe is its attribute ``resource``.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any, Generic, Protocol, TypeVar, cast, overload
+
+from scoped.factories import Factory
+from scoped.scopes import Lifetime, current, eager, scope_for
+
+__all__ = ["AsyncResource", "Resource", "SyncResource", "lifespan_scoped", "request_scoped"]
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resource(Generic[T_co]):
+    """What is known of a resource without setting it up. Never changes."""
+
+    factory: Factory
+    lifetime: Lifetime
+
+    def __str__(self) -> str:
+        return str(self.factory)
+
+
+class AsyncResource(Protocol[T_co]):
+    """What a decorator makes of an async factory: ``value = await db()``."""
+
+    @property
+    def resource(self) -> Resource[T_co]: ...
+
+    def __call__(self) -> Coroutine[Any, Any, T_co]: ...
+
+
+class SyncResource(Protocol[T_co]):
+    """What a decorator makes of a sync factory: ``value = tenant()``."""
+
+    @property
+    def resource(self) -> Resource[T_co]: ...
+
+    def __call__(self) -> T_co: ...
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[], Awaitable[T]], /) -> AsyncResource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[], Iterator[T]], /) -> SyncResource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[], T], /) -> SyncResource[T]: ...
+
+
+@overload
+def request_scoped(factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
+@overload
+def request_scoped(factory: Callable[[], Awaitable[T]], /) -> AsyncResource[T]: ...
+@overload
+def request_scoped(factory: Callable[[], Iterator[T]], /) -> SyncResource[T]: ...
+@overload
+def request_scoped(factory: Callable[[], T], /) -> SyncResource[T]: ...
+@overload
+def request_scoped() -> _Decorator: ...
+
+
+def request_scoped(factory: Callable[[], Any] | None = None, /) -> Any:
+    """
+    Make a resource that is set up once in each request, on first use, and torn
+    down when the request ends.
+
+    ``factory`` is a function, coroutine function, generator function or async
+    generator function without required parameters; a generator yields the value
+    once, and what follows the ``yield`` tears it down. If the request fails, the
+    failure is raised at the ``yield``.
+
+    Returns a function: ``await db()`` gives the value of an async factory,
+    ``tenant()`` that of a sync one. It raises NoScopeError outside a request,
+    ScopeClosedError after it, and what the factory raises.
+
+    Raises FactoryError where ``factory`` is none.
+    """
+    if factory is None:
+        return request_scoped
+    return _declare(factory, Lifetime.REQUEST)
+
+
+@overload
+def lifespan_scoped(factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
+@overload
+def lifespan_scoped(factory: Callable[[], Awaitable[T]], /) -> AsyncResource[T]: ...
+@overload
+def lifespan_scoped(factory: Callable[[], Iterator[T]], /) -> SyncResource[T]: ...
+@overload
+def lifespan_scoped(factory: Callable[[], T], /) -> SyncResource[T]: ...
+@overload
+def lifespan_scoped(*, eager: bool = ...) -> _Decorator: ...
+
+
+def lifespan_scoped(
+    factory: Callable[[], Any] | None = None, /, *, eager: bool = False
+) -> Any:
+    """
+    Make a resource that is set up once in each event loop, on first use, and
+    torn down when the server shuts down. See ``request_scoped`` for the rest.
+
+    With ``eager=True`` it is set up at start-up; if that fails the server
+    refuses to start. Its module must be imported by then: ``resources.py`` of an
+    installed app is, where ``scoped`` is in ``INSTALLED_APPS``.
+    """
+    if factory is None:
+        return lambda factory: _declare(factory, Lifetime.LIFESPAN, is_eager=eager)
+    return _declare(factory, Lifetime.LIFESPAN)
+
+
+def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = False) -> Any:
+    resource: Resource[Any] = Resource(Factory.of(function), lifetime)
+    access = _ACCESS[resource.factory.is_async, lifetime](resource)
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(access, name, getattr(function, name))
+    cast(Any, access).resource = resource
+    if is_eager:
+        eager.append(resource)
+    return access
+
+
+# The hot path, four times because each differs where it must not pay for the others. A value
+# of another event loop's thread is not for here: scope_for() and get() say why.
+
+
+def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
+    get_current = current.get
+
+    async def access() -> Any:
+        try:
+            scope: Any = get_current()
+            if scope.thread == get_ident():
+                return scope.values[resource]
+        except (KeyError, AttributeError):  # not set up yet, or no scope
+            pass
+        return await scope_for(resource).get(resource)
+
+    return access
+
+
+def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
+    get_current = current.get
+
+    async def access() -> Any:
+        try:
+            lifespan: Any = cast(Any, get_current()).lifespan
+            if lifespan.thread == get_ident():
+                return lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    return access
+
+
+def _sync_of_request(resource: Resource[Any]) -> Callable[[], Any]:
+    get_current = current.get
+
+    def access() -> Any:
+        try:
+            return cast(Any, get_current()).values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return scope_for(resource).get_sync(resource)
+
+    return access
+
+
+def _sync_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
+    get_current = current.get
+
+    def access() -> Any:
+        try:
+            return cast(Any, get_current()).lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return scope_for(resource).get_sync(resource)
+
+    return access
+
+
+_ACCESS = {
+    (True, Lifetime.REQUEST): _async_of_request,
+    (True, Lifetime.LIFESPAN): _async_of_lifespan,
+    (False, Lifetime.REQUEST): _sync_of_request,
+    (False, Lifetime.LIFESPAN): _sync_of_lifespan,
+}

@@ -1,0 +1,946 @@
+"""
+``Scope`` holds the values of one request, or of one lifespan: it sets each up
+on first use and tears all of them down, in reverse order, when it closes.
+
+One ContextVar holds one object, the current scope. Child tasks and threads
+copy the Context and so share the scope by reference.
+
+Who runs a factory
+    The scope's *owner* task (the request's own) runs it inline: no task, no
+    hop. Asked for in any other task, an async factory runs in a *keeper*: a
+    task that sets it up, waits for the scope to close, and tears it down. So
+    both happen in one task and one Context, whoever asked first. What a
+    lifespan holds always has a keeper, in a Context no request has touched.
+
+What a request's scope holds while a view asks for ``db``, whose factory asks
+for ``user``::
+
+    values               finalizers             pending
+    {}                   {}                     {}            opened
+    {}                   {}                     {db}          db's factory runs
+    {}                   {}                     {db, user}    and asks for user
+    {user: ..}           {user: ..}             {db}          user's factory has yielded
+    {user: .., db: ..}   {user: .., db: ..}     {}            db's factory has yielded
+    {user: ..}           {user: ..}             {}            closing: db is torn down
+    {}                   {}                     {}            closed
+
+A value enters ``values`` when its set-up is complete, so after everything that
+its factory used; they are taken out again last in, first out.
+"""
+
+import asyncio
+import atexit
+import logging
+import threading
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+from contextvars import Context, ContextVar, copy_context
+from enum import Enum
+from functools import partial
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from asgiref.sync import sync_to_async
+
+from scoped.exceptions import (
+    AsyncResourceError,
+    CircularResourceError,
+    LifetimeError,
+    NoScopeError,
+    ScopeClosedError,
+    TeardownError,
+)
+
+if TYPE_CHECKING:
+    from scoped.resources import Resource
+
+__all__ = ["Lifetime", "Scope", "current_scope", "lifespan_scope", "request_scope"]
+
+logger = logging.getLogger("scoped")
+
+
+class Lifetime(Enum):
+    REQUEST = "request"
+    LIFESPAN = "lifespan"
+
+
+current: ContextVar["Scope | None"] = ContextVar("scoped.current", default=None)
+
+# The set-up in whose factory the code at hand runs, or the last one in this
+# Context. A factory's child tasks copy it, so circles show through them too.
+_setting_up: ContextVar["_SetUp | None"] = ContextVar("scoped.setting_up", default=None)
+
+# The lifespan of each event loop; under None, that of code without a loop.
+_lifespans: dict[asyncio.AbstractEventLoop | None, "LifespanScope"] = {}
+
+# Held while it is decided whether a lifespan is still in use.
+_lifespans_lock = threading.Lock()
+
+# Resources that are set up as soon as a lifespan opens.
+eager: list["Resource[Any]"] = []
+
+# Seconds for which sync code in the event loop's thread waits for another
+# thread, which may itself be waiting for that loop.
+_LOOP_PATIENCE = 10.0
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _current_task() -> "asyncio.Task[Any] | None":
+    return asyncio.current_task() if _running_loop() is not None else None
+
+
+async def outlast(*futures: "asyncio.Future[Any]") -> asyncio.CancelledError | None:
+    """
+    Wait until all of the futures are done, however often the caller is cancelled
+    meanwhile. Returns the last cancellation, for the caller to raise in its time.
+    """
+    cancellation = None
+    while waiting := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError as error:
+            cancellation = error
+    return cancellation
+
+
+def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that is known not to suspend: one body serves sync and async callers."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise AssertionError("a scope without async resources suspended")
+
+
+class _SetUp:
+    """One attempt to set up one resource, and those who wait for it."""
+
+    __slots__ = ("done", "error", "keeper", "lock", "needs", "resource", "thread", "waiters")
+
+    def __init__(self, resource: "Resource[Any]") -> None:
+        self.resource = resource
+        self.done = False
+        self.error: BaseException | None = None
+        self.keeper: asyncio.Task[None] | None = None
+        self.needs: list[_SetUp] = []  # what its factory waits for right now
+        self.waiters: list[asyncio.Future[None]] = []  # tasks, where it is async
+        self.thread = get_ident()
+        self.lock: threading.Lock | None = None  # threads wait for it, where it is sync
+
+    def settle(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.done = True
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        if self.lock is not None:
+            self.lock.release()
+
+    def need(self, other: "_SetUp") -> None:
+        # Noted before the look, so that of two threads closing a circle one sees it.
+        self.needs.append(other)
+        if circle := _way(other, self, set()):
+            self.needs.remove(other)
+            raise CircularResourceError([step.resource for step in [self, *circle]])
+
+
+def _way(start: _SetUp, goal: _SetUp, seen: set[_SetUp]) -> list[_SetUp] | None:
+    if start is goal:
+        return [start]
+    seen.add(start)
+    for needed in list(start.needs):
+        if needed not in seen and (rest := _way(needed, goal, seen)):
+            return [start, *rest]
+    return None
+
+
+def _asker() -> _SetUp | None:
+    """The unfinished set-up that the code at hand is a part of."""
+    asker = _setting_up.get()
+    return None if asker is None or asker.done else asker
+
+
+class _Keeper:
+    """Tears down, in the task that set it up, what some other task than the owner asked for."""
+
+    __slots__ = ("task", "verdict")
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[None] = task
+        self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
+
+
+class _Elsewhere:
+    """Where a sync generator was started, if not by the owner."""
+
+    __slots__ = ("context", "thread")
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.thread = get_ident()
+
+
+class Scope:
+    """
+    What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose
+    it is, ``is_open`` whether resources can be set up in it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_closer",
+        "_finalizers",
+        "_pending",
+        "_previous",
+        "_state",
+        "_sync_only",
+        "failure",
+        "lifespan",
+        "loop",
+        "name",
+        "owner",
+        "served",
+        "thread",
+        "values",
+    )
+
+    lifetime: ClassVar[Lifetime]
+    # Seconds that one resource's teardown may take before it is cancelled.
+    teardown_timeout: ClassVar[float] = 10.0
+    # Seconds that a closing lifespan waits for requests that are still open.
+    shutdown_timeout: ClassVar[float] = 10.0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values: dict[Resource[Any], Any] = {}
+        self._finalizers: dict[Resource[Any], tuple[Any, _Keeper | _Elsewhere | None]] = {}
+        self._pending: dict[Resource[Any], _SetUp] = {}
+        self._state = "new"
+        self._previous: Scope | None = None
+        self._sync_only = False
+        self._closer: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None  # what ended it, for factories to see
+        self.lifespan: LifespanScope | None = None
+        self.served = False  # opened by a server's handler, so not the last of its process
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.owner: asyncio.Task[Any] | None = None
+        self.thread = 0  # that of its event loop, or of the sync code that opened it
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}, {self._state}>"
+
+    @property
+    def is_open(self) -> bool:
+        return self._state == "open"
+
+    # First use
+
+    async def get(self, resource: "Resource[Any]") -> Any:
+        """The value of an async resource, set up now if need be."""
+        asker = _asker()
+        first = False
+        while True:
+            self._check(resource)
+            if resource in self.values:
+                return self.values[resource]
+            set_up = self._pending.get(resource)
+            if set_up is None:
+                if self.owner is asyncio.current_task() and self.lifetime is Lifetime.REQUEST:
+                    return await self._set_up_here(resource, asker)
+                set_up, first = self._hand_to_keeper(resource), True
+            await self._wait(set_up, asker)
+            error = set_up.error
+            # Innocent of a cancellation are those who did not start the set-up: they try again.
+            if error is not None and (first or isinstance(error, Exception)) and self.is_open:
+                try:
+                    raise error
+                finally:
+                    del error, set_up  # no cycle of the error and this frame
+            first = False
+
+    def _check(self, resource: "Resource[Any]") -> None:
+        if self._state != "open" and not (self._state == "closing" and resource in self.values):
+            raise ScopeClosedError(resource, self)
+        if not resource.factory.is_async:
+            return
+        if self._sync_only:
+            raise AsyncResourceError(
+                resource,
+                self,
+                "its scope was opened by sync code, which has no event loop to keep it in",
+                "Open the scope with `async with request_scope():`, serve the project over ASGI, "
+                "or give sync code a resource of its own with a plain `def`.",
+            )
+        loop = asyncio.get_running_loop()
+        if self.loop is None:
+            self.loop, self.thread = loop, get_ident()
+        elif self.loop is not loop:
+            raise AsyncResourceError(
+                resource,
+                self,
+                "it belongs to the event loop of its scope, and this is another one",
+                "Sync code reaches the scope's event loop with `async_to_sync` when it was itself "
+                "called with `sync_to_async`; asyncio.to_thread and new event loops do not lead "
+                "there.",
+            )
+
+    async def _wait(self, set_up: _SetUp, asker: _SetUp | None) -> None:
+        if set_up.done:  # an eager task factory has run it to its end
+            return
+        if asker is not None:
+            asker.need(set_up)
+        waiter = asyncio.get_running_loop().create_future()
+        set_up.waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            set_up.waiters.remove(waiter)
+            if asker is not None:
+                asker.needs.remove(set_up)
+            if not set_up.waiters and not set_up.done and set_up.keeper is not None:
+                set_up.keeper.cancel()  # nobody wants it any more
+
+    async def _set_up_here(self, resource: "Resource[Any]", asker: _SetUp | None) -> Any:
+        set_up = self._pending[resource] = _SetUp(resource)
+        if asker is not None:
+            asker.need(set_up)
+        outer = _setting_up.get()
+        _setting_up.set(set_up)
+        error: BaseException | None = None
+        try:
+            value, generator = await resource.factory.start()
+            if not self._hold(resource, value, generator, None):
+                await self._finish_in_time(resource, generator, None)
+                raise ScopeClosedError(resource, self)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            _setting_up.set(outer)
+            if asker is not None:
+                asker.needs.remove(set_up)
+            del self._pending[resource]
+            set_up.settle(error)
+            del error
+        return value
+
+    def _hold(
+        self,
+        resource: "Resource[Any]",
+        value: object,
+        generator: object,
+        holder: "_Keeper | _Elsewhere | None",
+    ) -> bool:
+        """
+        Take over a value that is set up. Raises ScopeClosedError where it came
+        after the scope closed; returns false where the caller, moreover, has
+        to tear it down.
+        """
+        if generator is not None:
+            self._finalizers[resource] = (generator, holder)
+        self.values[resource] = value
+        # Looked at after the value is in, for another thread may be closing the scope: either
+        # its teardown still finds the value, or this finds the scope closed.
+        if self._state == "open":
+            return True
+        if self.values.pop(resource, self) is self or generator is None:
+            raise ScopeClosedError(resource, self)
+        del self._finalizers[resource]
+        return False
+
+    def _hand_to_keeper(self, resource: "Resource[Any]") -> _SetUp:
+        set_up = self._pending[resource] = _SetUp(resource)
+        context = self._context()
+        set_up.keeper = context.run(asyncio.create_task, self._keep(set_up))
+
+        def forget(keeper: asyncio.Task[None]) -> None:
+            if not set_up.done:  # cancelled before its first step
+                del self._pending[resource]
+                set_up.settle(asyncio.CancelledError())
+
+        set_up.keeper.add_done_callback(forget)
+        return set_up
+
+    def _context(self) -> Context:
+        """The Context for a factory that somebody else than the owner asked for."""
+        return copy_context()
+
+    async def _keep(self, set_up: _SetUp) -> None:
+        resource = set_up.resource
+        _setting_up.set(set_up)
+        keeper = _Keeper()
+        error: BaseException | None = None
+        try:
+            value, generator = await resource.factory.start()
+            if not self._hold(resource, value, generator, keeper):
+                await self._finish_in_time(resource, generator, None)
+                raise ScopeClosedError(resource, self)
+            del value
+        except BaseException as raised:
+            error = raised
+            if not isinstance(raised, Exception | asyncio.CancelledError):
+                raise
+            return
+        finally:
+            self._pending.pop(resource, None)
+            set_up.settle(error)
+            del error
+        if generator is not None:
+            cancellation = await self._await_verdict(keeper)
+            await self._finish_in_time(resource, generator, keeper.verdict.result() or cancellation)
+
+    async def _await_verdict(self, keeper: _Keeper) -> asyncio.CancelledError | None:
+        """
+        A keeper that is cancelled (its event loop shuts down, say) still waits for
+        its turn: order is a promise. Where nobody is left to close the scope, it
+        sees to that.
+        """
+        cancellation = None
+        while not keeper.verdict.done():
+            try:
+                await asyncio.wait([keeper.verdict])
+            except asyncio.CancelledError as error:
+                cancellation = error
+                keeper.task.uncancel()
+                nobody_else = self.owner is None or self.owner.done()
+                if self.is_open and self._closer is None and nobody_else:
+                    self._closer = asyncio.create_task(self._close_abandoned(error))
+        return cancellation
+
+    async def _close_abandoned(self, failure: BaseException) -> None:
+        await self._end(failure)
+
+    def get_sync(self, resource: "Resource[Any]") -> Any:
+        """The value of a sync resource, set up now if need be, in this thread."""
+        asker = _asker()
+        while True:
+            self._check(resource)
+            try:
+                return self.values[resource]
+            except KeyError:
+                pass
+            set_up = _SetUp(resource)
+            set_up.lock = threading.Lock()
+            set_up.lock.acquire()
+            other = self._pending.setdefault(resource, set_up)
+            if other is set_up:
+                if resource not in self.values:  # by a thread that came first, since the look
+                    return self._set_up_sync(set_up, asker)
+                del self._pending[resource]
+                set_up.settle()
+            else:
+                self._wait_for_thread(other, asker)
+                if isinstance(other.error, Exception):
+                    raise other.error
+
+    def _wait_for_thread(self, set_up: _SetUp, asker: _SetUp | None) -> None:
+        if asker is not None:
+            asker.need(set_up)
+        elif set_up.thread == get_ident() and not set_up.done:
+            # Called, through the event loop, by the very factory that it would wait for.
+            raise CircularResourceError([set_up.resource, set_up.resource])
+        assert set_up.lock is not None
+        patience = -1 if _running_loop() is None else _LOOP_PATIENCE
+        try:
+            if not set_up.lock.acquire(timeout=patience):
+                raise AsyncResourceError(
+                    set_up.resource,
+                    self,
+                    f"another thread has been setting it up for {patience:g} seconds, and may be "
+                    "waiting for this event loop",
+                    "In async code use `await sync_to_async(...)()` for it.",
+                )
+            set_up.lock.release()
+        finally:
+            if asker is not None:
+                asker.needs.remove(set_up)
+
+    def _set_up_sync(self, set_up: _SetUp, asker: _SetUp | None) -> Any:
+        resource = set_up.resource
+        inline = (
+            self.lifetime is Lifetime.REQUEST
+            and self.thread == get_ident()
+            and self.owner is _current_task()
+        )
+        context = None if inline else self._context()
+        if asker is not None:
+            asker.need(set_up)
+        outer = _setting_up.get()
+        error: BaseException | None = None
+        try:
+            if context is None:
+                _setting_up.set(set_up)
+                value, generator = resource.factory.start()
+            else:
+                context.run(_setting_up.set, set_up)
+                value, generator = context.run(resource.factory.start)
+            holder = None if context is None else _Elsewhere(context)
+            if not self._hold(resource, value, generator, holder):
+                if context is None:
+                    resource.factory.finish(generator, None)
+                else:
+                    context.run(resource.factory.finish, generator, None)
+                raise ScopeClosedError(resource, self)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if context is None:
+                _setting_up.set(outer)
+            if asker is not None:
+                asker.needs.remove(set_up)
+            del self._pending[resource]
+            set_up.settle(error)
+            del error
+        return value
+
+    # Opening and closing
+
+    def open(self) -> Self:
+        """Make this the current scope. The task at hand, if any, is its owner."""
+        if self._state != "new":
+            raise RuntimeError(f"{self} has been opened before: make a new scope for each use.")
+        self._state = "open"
+        previous = current.get()
+        self._previous = previous if previous is not None and previous.is_open else None
+        current.set(self)
+        self.owner = _current_task()
+        self.thread = get_ident()
+        self.loop = _running_loop()
+        return self
+
+    def leave(self) -> None:
+        """Make the scope around this one current again, if it is still open."""
+        if current.get() is self:
+            # Not by token: those are bound to one Context, and this may be another.
+            previous, self._previous = self._previous, None
+            current.set(previous if previous is not None and previous.is_open else None)
+
+    async def close(self, failure: BaseException | None = None) -> None:
+        """
+        Tear down everything, last set up first, whatever fails or is cancelled on
+        the way. Does nothing where the scope is closing or closed. The factories
+        see ``failure``, if any, at their ``yield``.
+
+        Raises the cancellation, if there was one, bare; else TeardownError if any
+        teardown failed.
+        """
+        if self._state != "open":
+            return
+        self._state = "closing"
+        failure = self.failure = self.failure or failure
+        errors: list[Exception] = []
+        fatal = await self._stop_set_ups()
+        while self.values:
+            resource, value = self.values.popitem()
+            del value
+            generator, holder = self._finalizers.pop(resource, (None, None))
+            if generator is None:
+                continue
+            try:
+                await self._finish(resource, generator, holder, failure)
+            except Exception as error:
+                error.add_note(f"while {resource} was torn down")
+                errors.append(error)
+            except BaseException as error:
+                fatal = error
+            del generator, holder
+        self._state = "closed"
+        self.failure = failure = self.owner = self._closer = None
+        try:
+            await self._closed()
+        except Exception as error:
+            errors.append(error)
+        except BaseException as error:
+            fatal = error
+        try:
+            if fatal is not None:
+                if errors:
+                    self._log(TeardownError(self, errors))
+                raise fatal
+            if errors:
+                raise TeardownError(self, errors)
+        finally:
+            del fatal, errors
+
+    async def _stop_set_ups(self) -> BaseException | None:
+        """What is being set up in a keeper is cancelled; a thread that sets up finds out itself."""
+        keepers = [set_up.keeper for set_up in self._pending.values() if set_up.keeper]
+        for keeper in keepers:
+            keeper.cancel()
+        return await outlast(*keepers) if keepers else None
+
+    async def _finish(
+        self,
+        resource: "Resource[Any]",
+        generator: Any,
+        holder: "_Keeper | _Elsewhere | None",
+        failure: BaseException | None,
+    ) -> None:
+        if holder is None:
+            if resource.factory.is_async:
+                await self._finish_in_time(resource, generator, failure)
+            else:
+                resource.factory.finish(generator, failure)
+        elif isinstance(holder, _Keeper):
+            if not holder.verdict.done():
+                holder.verdict.set_result(failure)
+            cancellation = await outlast(holder.task)
+            if not holder.task.cancelled() and (error := holder.task.exception()) is not None:
+                if cancellation is None:
+                    raise error
+                self._log(error)
+            if cancellation is not None:
+                raise cancellation
+        else:
+            finish = partial(holder.context.run, resource.factory.finish, generator, failure)
+            if self._sync_only or holder.thread == get_ident():
+                finish()
+            else:
+                await sync_to_async(finish)()
+
+    async def _finish_in_time(
+        self, resource: "Resource[Any]", generator: Any, failure: BaseException | None
+    ) -> None:
+        """
+        Bounded by ``teardown_timeout``: then cancelled, and cancelled again each
+        time that it has taken as long once more.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        loop, seconds = task.get_loop(), self.teardown_timeout
+        before, overdue = task.cancelling(), 0
+
+        def expire() -> None:
+            nonlocal timer, overdue
+            overdue += 1
+            logger.error(
+                "%s of %s is still being torn down after %g seconds: cancelling that.",
+                resource,
+                self,
+                seconds * overdue,
+            )
+            task.cancel()
+            timer = loop.call_later(seconds, expire)
+
+        timer = loop.call_later(seconds, expire)
+        try:
+            await resource.factory.finish(generator, failure)
+        except asyncio.CancelledError:
+            if not overdue or task.cancelling() > before + overdue:
+                raise  # somebody else's
+        finally:
+            timer.cancel()
+            for _ in range(overdue):
+                task.uncancel()
+        if overdue:
+            raise TimeoutError(
+                f"{resource} took longer than {seconds:g} seconds to be torn down. "
+                'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
+            )
+
+    async def _closed(self) -> None:
+        """What is left to do when nothing is held any more."""
+
+    async def _end(self, failure: BaseException | None) -> None:
+        """Close, where a failure that is no mere error (a cancellation) goes before the teardown's."""
+        try:
+            await self.close(failure)
+        except TeardownError as error:
+            if failure is None or isinstance(failure, Exception):
+                raise
+            self._log(error)
+
+    def _log(self, error: BaseException) -> None:
+        logger.error("While %s was closed: %s", self, error, exc_info=error)
+
+
+class RequestScope(Scope):
+    __slots__ = ()
+
+    lifetime = Lifetime.REQUEST
+
+    def open(self, *, sync_only: bool = False, served: bool = False) -> Self:
+        super().open()
+        self._sync_only = sync_only
+        self.served = served
+        if self._previous is not None:
+            self.lifespan = self._previous.lifespan
+        if self.lifespan is None or not self.lifespan.is_open:
+            self.lifespan = _lifespans.get(self.loop)
+        if self.lifespan is not None and not self.lifespan.join(self):
+            self.lifespan = None
+        return self
+
+    def need_lifespan(self) -> "LifespanScope":
+        """The lifespan of this request; where nobody has opened one, one that ends with it."""
+        while self.lifespan is None:
+            new = LifespanScope.implied_by(self)
+            lifespan = _lifespans.setdefault(self.loop, new)
+            if lifespan.join(self):
+                self.lifespan = lifespan
+                if lifespan is new and self.served:
+                    lifespan.stay()
+        return self.lifespan
+
+    async def _closed(self) -> None:
+        if self.lifespan is not None:
+            await self.lifespan.part(self)
+
+    async def __aenter__(self) -> Self:
+        return self.open()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._end(exc)
+        finally:
+            self.leave()
+
+    def __enter__(self) -> Self:
+        return self.open(sync_only=True)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            run_without_loop(self._end(exc))
+        finally:
+            self.leave()
+
+
+class LifespanScope(Scope):
+    """
+    In use as long as somebody holds it (a server, ``lifespan_scope()``) or, where
+    nobody does, as long as requests are open in it.
+    """
+
+    __slots__ = ("_base", "_holders", "_idle", "_requests")
+
+    lifetime = Lifetime.LIFESPAN
+
+    def __init__(self, base: Context) -> None:
+        super().__init__("the lifespan")
+        self._base = base
+        self._holders = 0
+        self._requests: set[RequestScope] = set()
+        self._idle: asyncio.Future[None] | None = None
+        self.lifespan = self
+        base.run(self.open)
+
+    @classmethod
+    def implied_by(cls, request: RequestScope) -> Self:
+        self = cls(Context())
+        self.owner, self.loop, self.thread = None, request.loop, request.thread
+        self._sync_only = request.loop is None
+        return self
+
+    @classmethod
+    def hold(cls) -> Self:
+        """The lifespan of the running event loop, opened now if need be."""
+        loop = asyncio.get_running_loop()
+        with _lifespans_lock:
+            self = _lifespans.get(loop)
+            if self is None or not self.is_open:
+                self = _lifespans[loop] = cls(copy_context())
+            self._holders += 1
+        return self  # type: ignore[return-value]
+
+    async def release(self, failure: BaseException | None = None) -> None:
+        """Undo ``hold()``; the last one closes, when the open requests have ended."""
+        with _lifespans_lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        await self._close_abandoned(failure)
+
+    async def _close_abandoned(self, failure: BaseException | None) -> None:
+        cancellation = await self._requests_ended()
+        if self._holders:  # somebody else has taken it over meanwhile
+            return
+        await self._end(failure or cancellation)
+        if cancellation is not None:
+            raise cancellation
+
+    async def _requests_ended(self) -> asyncio.CancelledError | None:
+        if not self._requests:
+            return None
+        loop = asyncio.get_running_loop()
+        self._idle = loop.create_future()
+        timer = loop.call_later(self.shutdown_timeout, _set_done, self._idle)
+        cancellation = await outlast(self._idle)
+        timer.cancel()
+        self._idle = None
+        if self._requests:
+            logger.error(
+                "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
+                len(self._requests),
+                self.shutdown_timeout,
+                ", ".join(sorted(map(str, self._requests))),
+            )
+        return cancellation
+
+    def join(self, request: RequestScope) -> bool:
+        with _lifespans_lock:
+            if self.is_open:
+                self._requests.add(request)
+            return self.is_open
+
+    async def part(self, request: RequestScope) -> None:
+        with _lifespans_lock:
+            self._requests.discard(request)
+            if self._requests:
+                return
+            if not self._holders:
+                _forget(self)
+        if self._idle is not None:
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(_set_done, self._idle)
+        elif not self._holders:
+            if request._sync_only and self.loop is not None:
+                self._closer = asyncio.create_task(self.close())
+            else:
+                await self.close()
+
+    def stay(self) -> None:
+        """
+        Outlive the requests: the server has no lifespan protocol to say when it
+        ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
+        """
+        self._holders += 1
+        if self.loop is None:
+            atexit.register(lambda: run_without_loop(self.close()))
+        else:
+            self.owner = self._base.copy().run(asyncio.create_task, self._close_at_end())
+
+    async def _close_at_end(self) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await self.release()
+
+    async def _closed(self) -> None:
+        with _lifespans_lock:
+            _forget(self)
+
+    def _context(self) -> Context:
+        return self._base.copy()
+
+
+def _forget(lifespan: LifespanScope) -> None:
+    if _lifespans.get(lifespan.loop) is lifespan:
+        del _lifespans[lifespan.loop]
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def scope_for(resource: "Resource[Any]") -> Scope:
+    """The open scope that holds, or is to hold, the resource's value."""
+    scope = current.get()
+    if resource.lifetime is Lifetime.LIFESPAN:
+        return _lifespan_for(resource, scope)
+    if scope is None:
+        raise NoScopeError(resource)
+    if scope.lifetime is Lifetime.LIFESPAN:
+        asker = _setting_up.get()
+        if asker is not None and asker.resource.lifetime is Lifetime.LIFESPAN:
+            raise LifetimeError(asker.resource, resource)
+        raise NoScopeError(resource)
+    return scope
+
+
+def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:
+    if isinstance(scope, RequestScope) and scope.is_open:
+        return scope.need_lifespan()
+    if isinstance(scope, LifespanScope) and scope.is_open:
+        return scope
+    # Code that has outlived a request, or never had one, may use what is there.
+    if (lifespan := _lifespans.get(_running_loop())) is not None:
+        return lifespan
+    if scope is not None:
+        raise ScopeClosedError(resource, scope)
+    raise NoScopeError(resource)
+
+
+def current_scope() -> Scope:
+    """
+    The scope that is open here: the request's, or the lifespan's outside any
+    request. Raises NoScopeError where there is none.
+    """
+    scope = current.get()
+    if scope is None or not scope.is_open:
+        raise NoScopeError
+    return scope
+
+
+def request_scope() -> RequestScope:
+    """
+    A new scope, to be opened with ``async with`` around what is not a request
+    and yet wants request-scoped resources: a command, a task, a consumer, a
+    test. With plain ``with`` it holds sync resources only.
+
+    Leaving it raises TeardownError where a teardown failed; a cancellation, or
+    another exception that is no Exception, comes first and the failure is logged.
+    """
+    return RequestScope("the request scope")
+
+
+@asynccontextmanager
+async def lifespan_scope() -> AsyncGenerator[Scope, None]:
+    """
+    Hold the lifespan of the running event loop open: lifespan-scoped resources
+    are kept until the end of the ``async with``, when the requests still open are
+    waited for and all is torn down. Inside another one it is the same lifespan.
+
+    Sets up what is declared with ``eager=True``, and raises what that raises.
+    """
+    scope = LifespanScope.hold()
+    previous = current.get()
+    current.set(scope)
+    failure: BaseException | None = None
+    try:
+        for resource in eager:
+            await _set_up_eagerly(scope, resource)
+        yield scope
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        if current.get() is scope:
+            current.set(previous)
+        await scope.release(failure)
+        del failure
+
+
+async def _set_up_eagerly(scope: Scope, resource: "Resource[Any]") -> None:
+    try:
+        if resource.factory.is_async:
+            await scope.get(resource)
+        else:
+            scope.get_sync(resource)
+    except Exception as error:
+        error.add_note(f"while {resource} was set up at start-up")
+        raise
