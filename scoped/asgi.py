@@ -1,0 +1,308 @@
+"""
+Django's ASGI handler, with one task and one Context from ``request_started`` to
+the end of ``request_finished``, which comes exactly once, however the request
+ends.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import closing
+from typing import Any
+
+import django
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from django.core.exceptions import RequestAborted
+from django.core.handlers.asgi import ASGIHandler, get_script_prefix
+from django.core.signals import request_finished, request_started
+from django.http.response import HttpResponseBase
+from django.urls import set_script_prefix
+
+from scoped import conf
+from scoped.dispatch import asend, await_all, call_all, live_receivers, raise_first
+from scoped.receivers import close, connect_handler, note_failure
+from scoped.scopes import RequestScope, current, lifespan_scope, outlast
+
+__all__ = ["ScopedASGIHandler", "get_asgi_application"]
+
+logger = logging.getLogger("scoped")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def get_asgi_application() -> "ScopedASGIHandler":
+    """Set Django up and return the project's ASGI application, as ``django.core.asgi`` does."""
+    django.setup(set_prefix=False)
+    return ScopedASGIHandler()
+
+
+class ScopedASGIHandler(ASGIHandler):
+    """
+    Serves HTTP as Django's ``ASGIHandler`` does, and the ASGI lifespan protocol.
+
+    The server's task supervises: it waits for the request and for the client to
+    go away. The request itself runs in one child task. "Client gone" and "the
+    server cancels" become one cancellation of that child, none once the request
+    is finishing; then the supervisor waits for it, whatever comes.
+    """
+
+    def __init__(self) -> None:
+        conf.configure()
+        super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        connect_handler(cls)
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _serve_lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self.handle(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)  # says what it does not serve
+
+    async def handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        try:
+            body_file = await self.read_body(receive)
+        except RequestAborted:
+            return
+        with closing(body_file):
+            exchange = _Exchange(self, scope, body_file, send)
+            await exchange.supervise(receive)
+
+    def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
+        # Django calls this for whatever a view raises, a 404 included: the one place to see it.
+        note_failure(exception)
+        return super().process_exception_by_middleware(exception, request)
+
+
+connect_handler(ScopedASGIHandler)
+
+
+class _Exchange:
+    """One request and its response: the child task's work, and what its supervisor knows."""
+
+    def __init__(
+        self, handler: ScopedASGIHandler, scope: dict[str, Any], body_file: Any, send: Send
+    ) -> None:
+        self.handler = handler
+        self.scope = scope
+        self.body_file = body_file
+        self.send = send
+        self.listener: asyncio.Task[None] | None = None
+        self.response: HttpResponseBase | None = None
+        self.cancelled = False
+        self.client_gone = False
+        self.sent_last = False  # the response's last message is with the server
+        self.finishing = False
+
+    # In the server's task
+
+    async def supervise(self, receive: Receive) -> None:
+        listener = self.listener = asyncio.create_task(self.handler.listen_for_disconnect(receive))
+        child = asyncio.create_task(self.run())
+        awaited: set[asyncio.Task[None]] = {child, listener}
+        cancellation: asyncio.CancelledError | None = None
+        stray: BaseException | None = None
+        while not child.done():
+            try:
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError as error:
+                cancellation = error
+                self.cancel(child)
+            if listener in awaited and listener.done():
+                awaited.remove(listener)
+                stray = self.heard(listener, child)
+        listener.cancel()
+        cancellation = await outlast(listener) or cancellation
+        if not listener.cancelled():
+            listener.exception()  # heard, or too late to matter
+        failure = None if child.cancelled() else child.exception()
+        try:
+            if cancellation is not None:
+                stray, failure = failure, None
+                raise_first([cancellation, stray])
+            if stray is not None:
+                raise_first([stray, failure])
+            if not (self.client_gone and child.cancelled()):
+                child.result()
+        finally:
+            del cancellation, stray, failure  # no cycle with this frame
+
+    def heard(
+        self, listener: "asyncio.Task[None]", child: "asyncio.Task[None]"
+    ) -> BaseException | None:
+        """The client has gone, or sent what it must not: returns the error to raise, if any."""
+        if listener.cancelled():
+            return None
+        error = listener.exception()
+        if isinstance(error, RequestAborted):
+            # Servers report a completed exchange as a disconnect too: that is no failure.
+            if not self.sent_last and not self.finishing:
+                self.client_gone = True
+                self.cancel(child)
+            return None
+        if error is not None and not self.finishing:
+            self.cancel(child)
+            return error
+        return None
+
+    def cancel(self, child: "asyncio.Task[None]") -> None:
+        if not self.cancelled and not self.finishing:
+            self.cancelled = True
+            child.cancel()
+
+    # In the child task
+
+    async def run(self) -> None:
+        async with ThreadSensitiveContext():
+            around, request_scope = current.get(), None
+            failure: BaseException | None = None
+            try:
+                set_script_prefix(get_script_prefix(self.scope))
+                try:
+                    await asend(request_started, type(self.handler), scope=self.scope)
+                finally:
+                    opened = current.get()
+                    if opened is not around and isinstance(opened, RequestScope):
+                        request_scope = opened  # else a cancellation came before our receiver
+                await self.respond()
+            except BaseException as error:
+                failure = error
+            await self.finish(request_scope, failure)
+
+    async def respond(self) -> None:
+        request, error_response = self.handler.create_request(self.scope, self.body_file)
+        if request is None:
+            self.body_file.close()
+            self.response = error_response
+        else:
+            self.response = await self.handler.run_get_response(request)
+        await self.handler.send_response(self.response, self.forward)
+
+    async def forward(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.sent_last = True
+        await self.send(message)
+
+    async def finish(
+        self, request_scope: RequestScope | None, failure: BaseException | None
+    ) -> None:
+        """
+        The start in reverse: async receivers of ``request_finished``, so that the
+        scope closes while the request's connections still work; then, in the
+        request's thread, the response's closers and the sync receivers. Every
+        step is taken, whatever the others raise.
+        """
+        self.finishing = True
+        assert self.listener is not None
+        self.listener.cancel()
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()  # so that timeouts and task groups work in teardowns
+        problems: list[BaseException | None] = []
+
+        async def attempt(step: Awaitable[Any]) -> None:
+            try:
+                await step
+            except BaseException as error:
+                problems.append(error)
+
+        if failure is not None and request_scope is not None and request_scope.failure is None:
+            request_scope.failure = failure
+        if isinstance(failure, asyncio.CancelledError):
+            # A sync view runs on in its thread: do not tear down under it.
+            await attempt(sync_to_async(_nothing)())
+        if self.response is not None:
+            await attempt(_close_stream(self.response))
+        sender = type(self.handler)
+        sync_receivers, async_receivers = live_receivers(request_finished, sender)
+        signals_itself = self.response is not None and _overrides_close(self.response)
+        if not signals_itself:
+            await attempt(self.dispatch(reversed(async_receivers), problems))
+        if request_scope is not None:
+            await attempt(close(request_scope))
+
+        def in_thread() -> list[BaseException | None]:
+            if self.response is not None:
+                if signals_itself:
+                    self.response._handler_class = sender
+                    self.response.close()
+                    return []
+                _run_closers(self.response)
+            outcomes = call_all(sync_receivers, request_finished, sender)
+            return [error for _, _, error in outcomes]
+
+        async def hop() -> None:
+            problems.extend(await sync_to_async(in_thread)())
+
+        await attempt(hop())
+        if isinstance(failure, asyncio.CancelledError) and self.client_gone:
+            failure = None
+        self.response = None
+        try:
+            # The cancellation, if any, first; the failure before what it led to.
+            raise_first(
+                sorted(
+                    [failure, *problems],
+                    key=lambda error: not isinstance(error, asyncio.CancelledError),
+                )
+            )
+        finally:
+            del failure, problems
+
+    async def dispatch(self, receivers: Any, problems: list[BaseException | None]) -> None:
+        outcomes = await await_all(receivers, request_finished, type(self.handler))
+        problems.extend(error for _, _, error in outcomes)
+
+
+def _nothing() -> None: ...
+
+
+async def _close_stream(response: HttpResponseBase) -> None:
+    """
+    Django leaves a stream that was not consumed to its end to the garbage
+    collector: it would be closed late, in another task.
+    """
+    iterator = getattr(response, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "aclose"):
+        await iterator.aclose()
+
+
+def _overrides_close(response: HttpResponseBase) -> bool:
+    """Whether only its own ``close()``, which sends ``request_finished`` too, will do."""
+    return type(response).close is not HttpResponseBase.close or "close" in vars(response)
+
+
+def _run_closers(response: HttpResponseBase) -> None:
+    """What ``HttpResponseBase.close()`` does before it sends the signal."""
+    for closer in response._resource_closers:
+        try:
+            closer()
+        except Exception:  # noqa: S110: as Django
+            pass
+    response._resource_closers.clear()
+    response.closed = True
+
+
+async def _serve_lifespan(receive: Receive, send: Send) -> None:
+    """
+    The ASGI lifespan protocol. Start-up that fails is reported to the server,
+    which then refuses to start; shutdown waits for open requests.
+    """
+    phase = "startup"
+    await receive()
+    try:
+        async with lifespan_scope():
+            await send({"type": "lifespan.startup.complete"})
+            phase = "shutdown"
+            await receive()
+    except Exception as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        logger.exception("The %s of the lifespan failed.", phase)
+        await send({"type": f"lifespan.{phase}.failed", "message": f"{error!r}{notes}"})
+    else:
+        await send({"type": "lifespan.shutdown.complete"})

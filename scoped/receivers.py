@@ -1,0 +1,149 @@
+"""
+Opens a request scope on ``request_started`` and closes it on
+``request_finished``.
+
+For our own handlers these are async receivers: the handler awaits them in the
+request's task. For every other sender (WSGI, Django's test clients, the stock
+ASGI handler) they are sync: an async receiver would make Django's own dispatch
+run tasks in other people's requests, and its AsyncClient fail on streams.
+"""
+
+import asyncio
+import logging
+import sys
+from typing import Any
+from weakref import WeakSet
+
+import django
+from asgiref.sync import SyncToAsync, async_to_sync
+from django.core.signals import got_request_exception, request_finished, request_started
+from django.dispatch import Signal
+
+from scoped.exceptions import TeardownError
+from scoped.scopes import RequestScope, current, run_without_loop
+
+__all__ = ["connect", "connect_handler", "note_failure"]
+
+logger = logging.getLogger("scoped")
+
+_our_handlers: WeakSet[type] = WeakSet()
+# Tasks that close a scope for sync code in the event loop's thread: a loop holds tasks weakly.
+_closing: set[asyncio.Task[None]] = set()
+
+
+class _ForeignScope(RequestScope):
+    """Opened for another handler than ours; only that handler's signal may close it."""
+
+    __slots__ = ("opener",)
+
+    opener: object
+
+    @property
+    def can_close_without_loop(self) -> bool:
+        return self._sync_only or not (self.values or self._pending or self.lifespan)
+
+
+def connect_handler(handler: type) -> None:
+    """Let requests of this handler class open and close a scope, in their own task."""
+    _our_handlers.add(handler)
+    request_started.connect(open_scope, sender=handler)
+    request_finished.connect(close_scope, sender=handler)
+
+
+def connect() -> None:
+    """Let requests of other handlers open and close a scope, as far as that can be done."""
+    _connect_first(request_started, _open_foreign)
+    # Before Django's close_old_connections: a teardown may still use the database.
+    _connect_first(request_finished, _close_foreign)
+    got_request_exception.connect(_request_failed)
+
+
+def _connect_first(signal: Signal, receiver: Any) -> None:
+    signal.disconnect(receiver)
+    signal.connect(receiver)
+    with signal.lock:
+        signal.receivers.insert(0, signal.receivers.pop())
+
+
+async def open_scope(*, scope: dict[str, Any], **kwargs: Any) -> None:
+    # Always a fresh one: servers carry the Context of one request into the next.
+    RequestScope(_name(scope["method"], scope["path"])).open(served=True)
+
+
+async def close_scope(**kwargs: Any) -> None:
+    scope = current.get()
+    # Not one that is open around this request, as for a request made inside another.
+    if isinstance(scope, RequestScope) and scope.owner is asyncio.current_task() and scope.served:
+        await close(scope)
+
+
+async def close(scope: RequestScope) -> None:
+    """Close it; what fails then is logged, for the response has been sent."""
+    try:
+        await scope.close()
+    except TeardownError as error:
+        logger.error("%s", error, exc_info=error)
+
+
+def note_failure(failure: BaseException) -> None:
+    """Let the factories of the current request see what it failed with; the first counts."""
+    scope = current.get()
+    if isinstance(scope, RequestScope) and scope.is_open and scope.failure is None:
+        scope.failure = failure
+
+
+def _open_foreign(
+    *,
+    sender: Any,
+    scope: dict[str, Any] | None = None,
+    environ: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    if sender in _our_handlers:
+        return
+    if environ is not None:
+        name = _name(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        request_scope = _ForeignScope(name).open(sync_only=True, served=_is_server(sender))
+    elif scope is not None and django.VERSION >= (6, 1):
+        # Before 6.1 what is set here is lost before the view runs (ticket 36714).
+        name = _name(scope["method"], scope["path"])
+        request_scope = _ForeignScope(name).open(served=_is_server(sender))
+        # This runs in a thread for sync code, and the view in that thread's event loop.
+        request_scope.owner, request_scope.thread = None, 0
+        request_scope.loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
+    else:
+        return
+    request_scope.opener = sender
+
+
+def _is_server(sender: Any) -> bool:
+    """Whether more requests are to be expected: a server's handler, not a test client's."""
+    return not sender.__module__.startswith("django.test.")
+
+
+def _close_foreign(*, sender: Any, **kwargs: Any) -> None:
+    scope = current.get()
+    if not isinstance(scope, _ForeignScope) or scope.opener is not sender:
+        return
+    scope.leave()
+    if scope.can_close_without_loop:
+        run_without_loop(close(scope))
+        return
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        async_to_sync(close)(scope)
+    else:
+        # Django's AsyncClient closes a stream from sync code in the event loop's thread.
+        task = loop.create_task(close(scope))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+
+def _request_failed(**kwargs: Any) -> None:
+    if (failure := sys.exc_info()[1]) is not None:
+        note_failure(failure)
+
+
+def _name(method: str, path: str) -> str:
+    return f"the request {method} {path}"
