@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any
 
 import django
-from asgiref.sync import ThreadSensitiveContext, sync_to_async
+from asgiref.sync import AsyncToSync, ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIHandler, get_script_prefix
 from django.core.signals import request_finished, request_started
@@ -160,6 +160,7 @@ class _Exchange:
     async def run(self) -> None:
         async with ThreadSensitiveContext():
             around, request_scope = current.get(), None
+            sync_parent = getattr(AsyncToSync.executors, "current", None)
             failure: BaseException | None = None
             try:
                 set_script_prefix(get_script_prefix(self.scope))
@@ -172,6 +173,9 @@ class _Exchange:
                 await self.respond()
             except BaseException as error:
                 failure = error
+            # A sync view that was cancelled while it ran async code leaves the executor of that
+            # moment behind in this Context: the hops to come would find it broken.
+            AsyncToSync.executors.current = sync_parent
             await self.finish(request_scope, failure)
 
     async def respond(self) -> None:
