@@ -14,6 +14,7 @@ Each says what happened, then what to do.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 __all__ = [
     "AsyncResourceError",
@@ -112,14 +113,14 @@ class TeardownError(ScopedError, ExceptionGroup[Exception]):
     names its resource.
     """
 
-    def __new__(cls, scope: object, errors: Sequence[Exception]) -> "TeardownError":
+    def __new__(cls, scope: object, errors: Sequence[Exception]) -> Self:
         message = (
             f"{len(errors)} resource(s) of {scope} failed while they were torn down; the others "
             "were torn down. See each error's note for its resource"
         )
         return super().__new__(cls, message, errors)
 
-    def __init__(self, scope: object, errors: Sequence[Exception]) -> None:
+    def __init__(self, scope: object, errors: Sequence[Exception]) -> None:  # noqa: ARG002
         self.scope = str(scope)
 
     def derive(self, errors: Sequence[Exception]) -> "TeardownError":  # type: ignore[override]

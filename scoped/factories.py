@@ -45,7 +45,7 @@ class Factory:
         code = getattr(function, "__code__", None)
         declared_at = f"{code.co_filename}:{code.co_firstlineno}" if code else "a builtin"
         label = _label(name, declared_at)
-        for parameter in inspect.signature(function).parameters.values():
+        for parameter in _parameters(function):
             if parameter.default is parameter.empty and parameter.kind not in (
                 parameter.VAR_POSITIONAL,
                 parameter.VAR_KEYWORD,
@@ -56,6 +56,8 @@ class Factory:
                     "A factory is called without arguments: ask for what it needs in its body, "
                     "or give the parameter a default.",
                 )
+        start: Callable[[], Any]
+        finish: Callable[[Any, BaseException | None], Any]
         if inspect.isasyncgenfunction(function):
             kind, is_async = "async generator", True
             start, finish = _async_generator(label, function)
@@ -82,18 +84,22 @@ class Factory:
         return _label(self.name, self.declared_at)
 
 
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except ValueError:  # a builtin that does not tell
+        return []
+
+
 def _label(name: str, declared_at: str) -> str:
     return f"{name} ({declared_at})"
 
 
 def _refusal(thing: object) -> FactoryError:
+    name, problem, call = repr(thing), "not a function", "..."
     if inspect.isclass(thing):
+        name, problem = f"{thing.__module__}.{thing.__qualname__}", "a class"
         call = f"{thing.__name__}(...)"
-        what = f"{thing.__module__}.{thing.__qualname__} is a class"
-    else:
-        call = "..."
-        what = f"{thing!r} is not a function"
-    name, _, problem = what.rpartition(" is ")
     return FactoryError(
         name,
         f"is {problem}, so it cannot be a factory",
@@ -111,10 +117,12 @@ async def _aclose(generator: AsyncGenerator[Any, None]) -> Exception | None:
 
 def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
     """
-    Whether a generator gave back what was thrown into it. Python turns a
-    StopIteration or StopAsyncIteration that leaves a generator into a
-    RuntimeError (PEP 479, PEP 525).
+    Whether a generator gave back what was thrown into it. A task group around
+    the ``yield`` puts it in an exception group. Python turns a StopIteration or
+    StopAsyncIteration that leaves a generator into a RuntimeError (PEP 479, 525).
     """
+    if isinstance(error, BaseExceptionGroup) and error is not failure:
+        return all(_is_failure(inner, failure) for inner in error.exceptions)
     return error is failure or (
         isinstance(failure, StopIteration | StopAsyncIteration)
         and isinstance(error, RuntimeError)
@@ -133,9 +141,7 @@ def _async_generator(
             raise FactoryError(label, "ended without a `yield`", _ONCE) from None
         return value, generator
 
-    async def finish(
-        generator: AsyncGenerator[Any, None], failure: BaseException | None
-    ) -> None:
+    async def finish(generator: AsyncGenerator[Any, None], failure: BaseException | None) -> None:
         traceback = failure.__traceback__ if failure is not None else None
         try:
             if failure is None:
@@ -218,5 +224,5 @@ def _function(label: str, function: Callable[[], Any]) -> Callable[[], tuple[Any
     return start
 
 
-def _nothing_to_finish(generator: None, failure: BaseException | None) -> None:
+def _nothing_to_finish(_generator: None, _failure: BaseException | None) -> None:
     raise AssertionError("a factory without a generator has nothing to finish")

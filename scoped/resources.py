@@ -8,6 +8,7 @@ recipe is its attribute ``resource``.
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
@@ -105,9 +106,7 @@ def lifespan_scoped(factory: Callable[[], T], /) -> SyncResource[T]: ...
 def lifespan_scoped(*, eager: bool = ...) -> _Decorator: ...
 
 
-def lifespan_scoped(
-    factory: Callable[[], Any] | None = None, /, *, eager: bool = False
-) -> Any:
+def lifespan_scoped(factory: Callable[[], Any] | None = None, /, *, eager: bool = False) -> Any:
     """
     Make a resource that is set up once in each event loop, on first use, and
     torn down when the server shuts down. See ``request_scoped`` for the rest.
@@ -117,7 +116,7 @@ def lifespan_scoped(
     installed app is, where ``scoped`` is in ``INSTALLED_APPS``.
     """
     if factory is None:
-        return lambda factory: _declare(factory, Lifetime.LIFESPAN, is_eager=eager)
+        return partial(_declare, lifetime=Lifetime.LIFESPAN, is_eager=eager)
     return _declare(factory, Lifetime.LIFESPAN)
 
 

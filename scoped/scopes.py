@@ -32,7 +32,7 @@ import asyncio
 import atexit
 import logging
 import threading
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
@@ -96,15 +96,23 @@ def _current_task() -> "asyncio.Task[Any] | None":
     return asyncio.current_task() if _running_loop() is not None else None
 
 
-async def outlast(*futures: "asyncio.Future[Any]") -> asyncio.CancelledError | None:
+async def outlast(
+    *futures: "asyncio.Future[Any]", seconds: float | None = None
+) -> asyncio.CancelledError | None:
     """
-    Wait until all of the futures are done, however often the caller is cancelled
-    meanwhile. Returns the last cancellation, for the caller to raise in its time.
+    Wait until all of the futures are done, or the time is up, however often the
+    caller is cancelled meanwhile. Returns the last cancellation, for the caller to
+    raise in its time.
     """
+    clock = asyncio.get_running_loop().time
+    deadline = None if seconds is None else clock() + seconds
     cancellation = None
     while waiting := [future for future in futures if not future.done()]:
+        left = None if deadline is None else deadline - clock()
+        if left is not None and left <= 0:
+            break
         try:
-            await asyncio.wait(waiting)
+            await asyncio.wait(waiting, timeout=left)
         except asyncio.CancelledError as error:
             cancellation = error
     return cancellation
@@ -123,12 +131,14 @@ def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:
 class _SetUp:
     """One attempt to set up one resource, and those who wait for it."""
 
-    __slots__ = ("done", "error", "keeper", "lock", "needs", "resource", "thread", "waiters")
+    __slots__ = ("done", "keeper", "lock", "needs", "outcome", "resource", "thread", "waiters")
 
     def __init__(self, resource: "Resource[Any]") -> None:
         self.resource = resource
         self.done = False
-        self.error: BaseException | None = None
+        # The error it ends with goes in here, for those who took hold of the list before. It
+        # lets go of it itself: a stray task's Context may hold a set-up for ever.
+        self.outcome: list[BaseException] = []
         self.keeper: asyncio.Task[None] | None = None
         self.needs: list[_SetUp] = []  # what its factory waits for right now
         self.waiters: list[asyncio.Future[None]] = []  # tasks, where it is async
@@ -136,7 +146,9 @@ class _SetUp:
         self.lock: threading.Lock | None = None  # threads wait for it, where it is sync
 
     def settle(self, error: BaseException | None = None) -> None:
-        self.error = error
+        if error is not None:
+            self.outcome.append(error)
+        self.outcome, self.keeper = [], None
         self.done = True
         for waiter in self.waiters:
             if not waiter.done():
@@ -166,6 +178,20 @@ def _asker() -> _SetUp | None:
     """The unfinished set-up that the code at hand is a part of."""
     asker = _setting_up.get()
     return None if asker is None or asker.done else asker
+
+
+def _graver(one: BaseException | None, other: BaseException) -> BaseException:
+    """Of two reasons to stop the later one, but no cancellation hides a KeyboardInterrupt."""
+    if one is None or isinstance(one, asyncio.CancelledError):
+        return other
+    return one
+
+
+def _timed_out(resource: object, seconds: float) -> TimeoutError:
+    return TimeoutError(
+        f"{resource} took longer than {seconds:g} seconds to be torn down. "
+        'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
+    )
 
 
 class _Keeper:
@@ -260,15 +286,17 @@ class Scope:
             if set_up is None:
                 if self.owner is asyncio.current_task() and self.lifetime is Lifetime.REQUEST:
                     return await self._set_up_here(resource, asker)
-                set_up, first = self._hand_to_keeper(resource), True
+                set_up, first = _SetUp(resource), True
+            outcome = set_up.outcome
+            if first:
+                self._hand_to_keeper(set_up)
             await self._wait(set_up, asker)
-            error = set_up.error
             # Innocent of a cancellation are those who did not start the set-up: they try again.
-            if error is not None and (first or isinstance(error, Exception)) and self.is_open:
+            if outcome and (first or isinstance(outcome[0], Exception)) and self.is_open:
                 try:
-                    raise error
+                    raise outcome[0]
                 finally:
-                    del error, set_up  # no cycle of the error and this frame
+                    del outcome  # no cycle of the error and this frame
             first = False
 
     def _check(self, resource: "Resource[Any]") -> None:
@@ -286,7 +314,7 @@ class Scope:
             )
         loop = asyncio.get_running_loop()
         if self.loop is None:
-            self.loop, self.thread = loop, get_ident()
+            self.loop = loop
         elif self.loop is not loop:
             raise AsyncResourceError(
                 resource,
@@ -296,9 +324,10 @@ class Scope:
                 "called with `sync_to_async`; asyncio.to_thread and new event loops do not lead "
                 "there.",
             )
+        self.thread = get_ident()
 
     async def _wait(self, set_up: _SetUp, asker: _SetUp | None) -> None:
-        if set_up.done:  # an eager task factory has run it to its end
+        if set_up.done:
             return
         if asker is not None:
             asker.need(set_up)
@@ -323,7 +352,7 @@ class Scope:
         try:
             value, generator = await resource.factory.start()
             if not self._hold(resource, value, generator, None):
-                await self._finish_in_time(resource, generator, None)
+                await self._finish_in_time(resource, generator, self.failure)
                 raise ScopeClosedError(resource, self)
         except BaseException as raised:
             error = raised
@@ -361,18 +390,19 @@ class Scope:
         del self._finalizers[resource]
         return False
 
-    def _hand_to_keeper(self, resource: "Resource[Any]") -> _SetUp:
-        set_up = self._pending[resource] = _SetUp(resource)
-        context = self._context()
-        set_up.keeper = context.run(asyncio.create_task, self._keep(set_up))
+    def _hand_to_keeper(self, set_up: _SetUp) -> None:
+        self._pending[set_up.resource] = set_up
+        keeper = self._context().run(asyncio.create_task, self._keep(set_up))
+        if set_up.done:  # an eager task factory has run it to its end
+            return
+        set_up.keeper = keeper
 
-        def forget(keeper: asyncio.Task[None]) -> None:
+        def forget(_: asyncio.Task[None]) -> None:
             if not set_up.done:  # cancelled before its first step
-                del self._pending[resource]
+                del self._pending[set_up.resource]
                 set_up.settle(asyncio.CancelledError())
 
-        set_up.keeper.add_done_callback(forget)
-        return set_up
+        keeper.add_done_callback(forget)
 
     def _context(self) -> Context:
         """The Context for a factory that somebody else than the owner asked for."""
@@ -386,7 +416,7 @@ class Scope:
         try:
             value, generator = await resource.factory.start()
             if not self._hold(resource, value, generator, keeper):
-                await self._finish_in_time(resource, generator, None)
+                await self._finish_in_time(resource, generator, self.failure)
                 raise ScopeClosedError(resource, self)
             del value
         except BaseException as raised:
@@ -400,7 +430,10 @@ class Scope:
             del error
         if generator is not None:
             cancellation = await self._await_verdict(keeper)
-            await self._finish_in_time(resource, generator, keeper.verdict.result() or cancellation)
+            failure = keeper.verdict.result()
+            await self._finish_in_time(
+                resource, generator, cancellation if failure is None else failure
+            )
 
     async def _await_verdict(self, keeper: _Keeper) -> asyncio.CancelledError | None:
         """
@@ -436,6 +469,7 @@ class Scope:
             set_up.lock = threading.Lock()
             set_up.lock.acquire()
             other = self._pending.setdefault(resource, set_up)
+            outcome = other.outcome
             if other is set_up:
                 if resource not in self.values:  # by a thread that came first, since the look
                     return self._set_up_sync(set_up, asker)
@@ -443,8 +477,11 @@ class Scope:
                 set_up.settle()
             else:
                 self._wait_for_thread(other, asker)
-                if isinstance(other.error, Exception):
-                    raise other.error
+                if outcome and isinstance(outcome[0], Exception):
+                    try:
+                        raise outcome[0]
+                    finally:
+                        del outcome  # no cycle of the error and this frame
 
     def _wait_for_thread(self, set_up: _SetUp, asker: _SetUp | None) -> None:
         if asker is not None:
@@ -490,9 +527,9 @@ class Scope:
             holder = None if context is None else _Elsewhere(context)
             if not self._hold(resource, value, generator, holder):
                 if context is None:
-                    resource.factory.finish(generator, None)
+                    resource.factory.finish(generator, self.failure)
                 else:
-                    context.run(resource.factory.finish, generator, None)
+                    context.run(resource.factory.finish, generator, self.failure)
                 raise ScopeClosedError(resource, self)
         except BaseException as raised:
             error = raised
@@ -524,9 +561,9 @@ class Scope:
 
     def leave(self) -> None:
         """Make the scope around this one current again, if it is still open."""
+        previous, self._previous = self._previous, None
         if current.get() is self:
             # Not by token: those are bound to one Context, and this may be another.
-            previous, self._previous = self._previous, None
             current.set(previous if previous is not None and previous.is_open else None)
 
     async def close(self, failure: BaseException | None = None) -> None:
@@ -541,12 +578,16 @@ class Scope:
         if self._state != "open":
             return
         self._state = "closing"
-        failure = self.failure = self.failure or failure
+        if self.failure is None:
+            self.failure = failure
+        failure = self.failure
         errors: list[Exception] = []
-        fatal = await self._stop_set_ups()
+        fatal: BaseException | None = await self._stop_set_ups()
         while self.values:
-            resource, value = self.values.popitem()
-            del value
+            try:
+                resource = self.values.popitem()[0]
+            except KeyError:  # a thread that was setting it up took it back, since the look
+                continue
             generator, holder = self._finalizers.pop(resource, (None, None))
             if generator is None:
                 continue
@@ -556,7 +597,7 @@ class Scope:
                 error.add_note(f"while {resource} was torn down")
                 errors.append(error)
             except BaseException as error:
-                fatal = error
+                fatal = _graver(fatal, error)
             del generator, holder
         self._state = "closed"
         self.failure = failure = self.owner = self._closer = None
@@ -565,7 +606,7 @@ class Scope:
         except Exception as error:
             errors.append(error)
         except BaseException as error:
-            fatal = error
+            fatal = _graver(fatal, error)
         try:
             if fatal is not None:
                 if errors:
@@ -576,12 +617,22 @@ class Scope:
         finally:
             del fatal, errors
 
-    async def _stop_set_ups(self) -> BaseException | None:
-        """What is being set up in a keeper is cancelled; a thread that sets up finds out itself."""
-        keepers = [set_up.keeper for set_up in self._pending.values() if set_up.keeper]
-        for keeper in keepers:
-            keeper.cancel()
-        return await outlast(*keepers) if keepers else None
+    async def _stop_set_ups(self) -> asyncio.CancelledError | None:
+        """
+        What is being set up in a keeper is cancelled, and cancelled again each time
+        that its end takes as long as a teardown may. A thread that sets up finds out
+        itself.
+        """
+        cancellation = None
+        while keepers := [
+            set_up.keeper
+            for set_up in list(self._pending.values())  # threads may change it meanwhile
+            if set_up.keeper is not None and not set_up.keeper.done()
+        ]:
+            for keeper in keepers:
+                keeper.cancel()
+            cancellation = await outlast(*keepers, seconds=self.teardown_timeout) or cancellation
+        return cancellation
 
     async def _finish(
         self,
@@ -598,19 +649,44 @@ class Scope:
         elif isinstance(holder, _Keeper):
             if not holder.verdict.done():
                 holder.verdict.set_result(failure)
-            cancellation = await outlast(holder.task)
-            if not holder.task.cancelled() and (error := holder.task.exception()) is not None:
-                if cancellation is None:
-                    raise error
-                self._log(error)
-            if cancellation is not None:
-                raise cancellation
+            await self._finish_elsewhere(resource, holder.task)
         else:
             finish = partial(holder.context.run, resource.factory.finish, generator, failure)
             if self._sync_only or holder.thread == get_ident():
                 finish()
             else:
-                await sync_to_async(finish)()
+                # In a task, as asgiref drops what is cancelled before the thread gets to it. In
+                # time, as nothing ends a thread that hangs.
+                await self._finish_elsewhere(
+                    resource, asyncio.create_task(sync_to_async(finish)()), self.teardown_timeout
+                )
+
+    async def _finish_elsewhere(
+        self, resource: "Resource[Any]", task: "asyncio.Task[None]", seconds: float | None = None
+    ) -> None:
+        """Wait for the task in which it is torn down, whoever cancels this one meanwhile."""
+        cancellation: BaseException | None = await outlast(task, seconds=seconds)
+        error: BaseException | None = None
+        if not task.done():
+            task.add_done_callback(self._log_late)
+            error = _timed_out(resource, self.teardown_timeout)
+        elif task.cancelled():
+            cancellation = cancellation or asyncio.CancelledError()
+        else:
+            error = task.exception()
+        try:
+            if cancellation is not None:
+                if error is not None:
+                    self._log(error)
+                raise cancellation
+            if error is not None:
+                raise error
+        finally:
+            del cancellation, error
+
+    def _log_late(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log(error)
 
     async def _finish_in_time(
         self, resource: "Resource[Any]", generator: Any, failure: BaseException | None
@@ -623,6 +699,8 @@ class Scope:
         assert task is not None
         loop, seconds = task.get_loop(), self.teardown_timeout
         before, overdue = task.cancelling(), 0
+
+        timer: asyncio.TimerHandle
 
         def expire() -> None:
             nonlocal timer, overdue
@@ -647,16 +725,13 @@ class Scope:
             for _ in range(overdue):
                 task.uncancel()
         if overdue:
-            raise TimeoutError(
-                f"{resource} took longer than {seconds:g} seconds to be torn down. "
-                'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
-            )
+            raise _timed_out(resource, seconds)
 
     async def _closed(self) -> None:
         """What is left to do when nothing is held any more."""
 
     async def _end(self, failure: BaseException | None) -> None:
-        """Close, where a failure that is no mere error (a cancellation) goes before the teardown's."""
+        """Close; a failure that is no mere error (a cancellation) goes before the teardown's."""
         try:
             await self.close(failure)
         except TeardownError as error:
@@ -679,13 +754,18 @@ class RequestScope(Scope):
         self.served = served
         if self._previous is not None:
             self.lifespan = self._previous.lifespan
-        if self.lifespan is None or not self.lifespan.is_open:
+        if (
+            self.lifespan is None
+            or not self.lifespan.is_open
+            # Sync code may share its caller's; another event loop has one of its own.
+            or (self.loop is not None and self.lifespan.loop is not self.loop)
+        ):
             self.lifespan = _lifespans.get(self.loop)
         if self.lifespan is not None and not self.lifespan.join(self):
             self.lifespan = None
         return self
 
-    def need_lifespan(self) -> "LifespanScope":
+    def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
         while self.lifespan is None:
             new = LifespanScope.implied_by(self)
@@ -694,11 +774,13 @@ class RequestScope(Scope):
                 self.lifespan = lifespan
                 if lifespan is new and self.served:
                     lifespan.stay()
+            elif _lifespans.get(self.loop) is lifespan:  # the server shuts down
+                raise ScopeClosedError(resource, lifespan)
         return self.lifespan
 
     async def _closed(self) -> None:
         if self.lifespan is not None:
-            await self.lifespan.part(self)
+            await self.lifespan.part(self, by_sync_code=self._sync_only or self.loop is None)
 
     async def __aenter__(self) -> Self:
         return self.open()
@@ -747,6 +829,7 @@ class LifespanScope(Scope):
         self._idle: asyncio.Future[None] | None = None
         self.lifespan = self
         base.run(self.open)
+        self._previous = None  # nobody leaves it: its Context is its own
 
     @classmethod
     def implied_by(cls, request: RequestScope) -> Self:
@@ -778,18 +861,16 @@ class LifespanScope(Scope):
         cancellation = await self._requests_ended()
         if self._holders:  # somebody else has taken it over meanwhile
             return
-        await self._end(failure or cancellation)
+        await self._end(failure if cancellation is None else cancellation)
         if cancellation is not None:
             raise cancellation
 
     async def _requests_ended(self) -> asyncio.CancelledError | None:
-        if not self._requests:
-            return None
-        loop = asyncio.get_running_loop()
-        self._idle = loop.create_future()
-        timer = loop.call_later(self.shutdown_timeout, _set_done, self._idle)
-        cancellation = await outlast(self._idle)
-        timer.cancel()
+        with _lifespans_lock:
+            if not self._requests:
+                return None
+            self._idle = asyncio.get_running_loop().create_future()
+        cancellation = await outlast(self._idle, seconds=self.shutdown_timeout)
         self._idle = None
         if self._requests:
             logger.error(
@@ -806,21 +887,35 @@ class LifespanScope(Scope):
                 self._requests.add(request)
             return self.is_open
 
-    async def part(self, request: RequestScope) -> None:
+    async def part(self, request: RequestScope, *, by_sync_code: bool) -> None:
         with _lifespans_lock:
             self._requests.discard(request)
             if self._requests:
                 return
             if not self._holders:
                 _forget(self)
-        if self._idle is not None:
-            assert self.loop is not None
-            self.loop.call_soon_threadsafe(_set_done, self._idle)
+            idle = self._idle
+        if idle is not None:
+            self._in_loop(_set_done, idle)
+            if self._closer is not None and not by_sync_code:
+                # When the event loop shuts down, it is requests that it waits for.
+                if (cancellation := await outlast(self._closer)) is not None:
+                    raise cancellation
         elif not self._holders:
-            if request._sync_only and self.loop is not None:
-                self._closer = asyncio.create_task(self.close())
+            if by_sync_code and self.loop is not None:
+                self._in_loop(self._close_later)
             else:
                 await self.close()
+
+    def _in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
+        if _running_loop() is self.loop:
+            callback(*arguments)
+        else:
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(callback, *arguments)
+
+    def _close_later(self) -> None:
+        self._closer = asyncio.create_task(self._close_abandoned(None))
 
     def stay(self) -> None:
         """
@@ -831,7 +926,10 @@ class LifespanScope(Scope):
         if self.loop is None:
             atexit.register(lambda: run_without_loop(self.close()))
         else:
-            self.owner = self._base.copy().run(asyncio.create_task, self._close_at_end())
+            self._in_loop(self._wait_for_the_end)
+
+    def _wait_for_the_end(self) -> None:
+        self.owner = self._context().run(asyncio.create_task, self._close_at_end())
 
     async def _close_at_end(self) -> None:
         try:
@@ -874,7 +972,7 @@ def scope_for(resource: "Resource[Any]") -> Scope:
 
 def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:
     if isinstance(scope, RequestScope) and scope.is_open:
-        return scope.need_lifespan()
+        return scope.need_lifespan(resource)
     if isinstance(scope, LifespanScope) and scope.is_open:
         return scope
     # Code that has outlived a request, or never had one, may use what is there.
