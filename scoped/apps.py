@@ -10,7 +10,7 @@ class ScopedConfig(AppConfig):
     name = "scoped"
 
     def ready(self) -> None:
-        from scoped import conf, receivers  # noqa: PLC0415: needs settings
+        from scoped import conf, receivers  # noqa: PLC0415 (needs the settings)
 
         conf.configure()
         receivers.connect()

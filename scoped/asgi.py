@@ -6,8 +6,8 @@ ends.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from typing import Any
 
 import django
@@ -19,7 +19,15 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from scoped import conf
-from scoped.dispatch import asend, await_all, call_all, live_receivers, raise_first
+from scoped.dispatch import (
+    Outcome,
+    Receiver,
+    asend,
+    await_all,
+    call_all,
+    live_receivers,
+    raise_first,
+)
 from scoped.receivers import close, connect_handler, note_failure
 from scoped.scopes import RequestScope, current, lifespan_scope, outlast
 
@@ -27,7 +35,7 @@ __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
 logger = logging.getLogger("scoped")
 
-Message = MutableMapping[str, Any]
+Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -93,11 +101,12 @@ class _Exchange:
         self.body_file = body_file
         self.send = send
         self.listener: asyncio.Task[None] | None = None
-        self.response: HttpResponseBase | None = None
+        self.response: Any = None  # Django's, of which much is private
         self.cancelled = False
         self.client_gone = False
         self.sent_last = False  # the response's last message is with the server
         self.finishing = False
+        self.problems: list[BaseException] = []  # raised after the request failed, or ended
 
     # In the server's task
 
@@ -207,87 +216,85 @@ class _Exchange:
         task = asyncio.current_task()
         while task is not None and task.cancelling():
             task.uncancel()  # so that timeouts and task groups work in teardowns
-        problems: list[BaseException | None] = []
-
-        async def attempt(step: Awaitable[Any]) -> None:
-            try:
-                await step
-            except BaseException as error:
-                problems.append(error)
-
         if failure is not None and request_scope is not None and request_scope.failure is None:
             request_scope.failure = failure
         if isinstance(failure, asyncio.CancelledError):
             # A sync view runs on in its thread: do not tear down under it.
-            await attempt(sync_to_async(_nothing)())
+            await self.attempt(sync_to_async(_nothing)())
+        sync_receivers, async_receivers = live_receivers(request_finished, type(self.handler))
         if self.response is not None:
-            await attempt(_close_stream(self.response))
-        sender = type(self.handler)
-        sync_receivers, async_receivers = live_receivers(request_finished, sender)
-        signals_itself = self.response is not None and _overrides_close(self.response)
-        if not signals_itself:
-            await attempt(self.dispatch(reversed(async_receivers), problems))
+            await self.attempt(_close_stream(self.response))
+            if _closes_itself(self.response):
+                sync_receivers, async_receivers = [], []  # its close() calls them all
+        # In reverse, so that what was opened first, as our scope, is closed last.
+        await self.attempt(self.call_async(reversed(async_receivers)))
         if request_scope is not None:
-            await attempt(close(request_scope))
-
-        def in_thread() -> list[BaseException | None]:
-            if self.response is not None:
-                if signals_itself:
-                    self.response._handler_class = sender
-                    self.response.close()
-                    return []
-                _run_closers(self.response)
-            outcomes = call_all(sync_receivers, request_finished, sender)
-            return [error for _, _, error in outcomes]
-
-        async def hop() -> None:
-            problems.extend(await sync_to_async(in_thread)())
-
-        await attempt(hop())
-        if isinstance(failure, asyncio.CancelledError) and self.client_gone:
+            await self.attempt(close(request_scope))
+        await self.attempt(sync_to_async(self.call_sync)(sync_receivers))
+        if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
-        self.response = None
         try:
-            # The cancellation, if any, first; the failure before what it led to.
+            # A cancellation, if any, before all else; the failure before what it led to.
             raise_first(
                 sorted(
-                    [failure, *problems],
+                    [failure, *self.problems],
                     key=lambda error: not isinstance(error, asyncio.CancelledError),
                 )
             )
         finally:
-            del failure, problems
+            del failure
+            self.problems.clear()
 
-    async def dispatch(self, receivers: Any, problems: list[BaseException | None]) -> None:
-        outcomes = await await_all(receivers, request_finished, type(self.handler))
-        problems.extend(error for _, _, error in outcomes)
+    async def attempt(self, step: Awaitable[None]) -> None:
+        try:
+            await step
+        except BaseException as error:
+            self.problems.append(error)
+
+    async def call_async(self, receivers: Iterable[Receiver]) -> None:
+        self.note(await await_all(receivers, request_finished, type(self.handler)))
+
+    def call_sync(self, receivers: Iterable[Receiver]) -> None:
+        """In the request's thread: end the response, then call the receivers."""
+        if self.response is not None:
+            if _closes_itself(self.response):
+                self.response._handler_class = type(self.handler)
+                self.response.close()
+            else:
+                _run_closers(self.response)
+        self.note(call_all(receivers, request_finished, type(self.handler)))
+
+    def note(self, outcomes: Iterable[Outcome]) -> None:
+        self.problems.extend(error for _, _, error in outcomes if error is not None)
 
 
 def _nothing() -> None: ...
 
 
-async def _close_stream(response: HttpResponseBase) -> None:
+async def _close_stream(response: Any) -> None:
     """
     Django leaves a stream that was not consumed to its end to the garbage
     collector: it would be closed late, in another task.
     """
-    iterator = getattr(response, "_iterator", None)
-    if iterator is not None and hasattr(iterator, "aclose"):
+    iterator: Any = getattr(response, "_iterator", None)
+    if hasattr(iterator, "aclose"):
         await iterator.aclose()
 
 
-def _overrides_close(response: HttpResponseBase) -> bool:
-    """Whether only its own ``close()``, which sends ``request_finished`` too, will do."""
-    return type(response).close is not HttpResponseBase.close or "close" in vars(response)
+def _closes_itself(response: Any) -> bool:
+    """
+    Whether its ``close()`` is not Django's own. That must be called as it is, and
+    at its end sends ``request_finished``, to sync and async receivers alike.
+    """
+    cls: Any = type(response)
+    return cls.close is not HttpResponseBase.close or "close" in vars(response)
 
 
-def _run_closers(response: HttpResponseBase) -> None:
+def _run_closers(response: Any) -> None:
     """What ``HttpResponseBase.close()`` does before it sends the signal."""
     for closer in response._resource_closers:
-        try:
+        with suppress(Exception):
             closer()
-        except Exception:  # noqa: S110: as Django
-            pass
     response._resource_closers.clear()
     response.closed = True
 

@@ -65,7 +65,7 @@ def live_receivers(signal: Signal, sender: Any) -> tuple[list[Receiver], list[Re
     """The sync and the async receivers that are connected for this sender."""
     if not signal.receivers:
         return [], []
-    return signal._live_receivers(sender)  # type: ignore[attr-defined,no-any-return]
+    return signal._live_receivers(sender)
 
 
 def call_all(

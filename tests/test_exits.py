@@ -79,7 +79,7 @@ async def no_content(request):
 
 async def file(request):
     await used(request)
-    handle = tempfile.TemporaryFile()  # noqa: SIM115: the response closes it
+    handle = tempfile.TemporaryFile()  # noqa: SIM115 (the response closes it)
     handle.write(b"x" * 200_000)
     handle.seek(0)
     return FileResponse(handle)
@@ -200,7 +200,7 @@ urlpatterns = [
 
 @pytest.fixture(autouse=True)
 async def _fresh():
-    global reached, release  # noqa: PLW0603: of this test's event loop
+    global reached, release
     reached, release = asyncio.Event(), asyncio.Event()
     blocker.clear()
     log.clear()
@@ -425,9 +425,7 @@ async def test_the_client_goes_while_the_view_runs(handler, finished, where):
     assert finished == ["set in the view"] if where == "/hangs" else len(finished) == 1
 
 
-@pytest.mark.parametrize(
-    "where", ["/hangs", "/sync-hangs", "/stream-hangs", "/set-up-hangs"]
-)
+@pytest.mark.parametrize("where", ["/hangs", "/sync-hangs", "/stream-hangs", "/set-up-hangs"])
 async def test_the_server_cancels(handler, finished, where):
     task = Connection(handler, where).start()
     await reached.wait()
@@ -597,7 +595,7 @@ async def test_the_event_loop_shuts_down_under_an_open_request(handler):
 
     def run():
         async def main():
-            global reached  # noqa: PLW0603
+            global reached
             reached = asyncio.Event()
             connection = Connection(handler, "/sync-hangs")
             connection.start()

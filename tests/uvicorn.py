@@ -56,8 +56,10 @@ class Server:
 @contextmanager
 def uvicorn(module: str, *options: str, **environment: str) -> Iterator[Server]:
     process = subprocess.Popen(
-        [sys.executable, "-X", "dev", "-m", "uvicorn", f"{module}:application", "--port", "0"]
-        + list(options),
+        [
+            *[sys.executable, "-X", "dev", "-m", "uvicorn"],
+            *[f"{module}:application", "--port", "0", *options],
+        ],
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent.parent,
