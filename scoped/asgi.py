@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, cast
 
 import django
 from asgiref.sync import AsyncToSync, ThreadSensitiveContext, sync_to_async
@@ -286,7 +286,7 @@ def _closes_itself(response: Any) -> bool:
     Whether its ``close()`` is not Django's own. That must be called as it is, and
     at its end sends ``request_finished``, to sync and async receivers alike.
     """
-    cls: Any = type(response)
+    cls = cast("type[HttpResponseBase]", type(response))
     return cls.close is not HttpResponseBase.close or "close" in vars(response)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+
 
 class Server:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -54,7 +56,9 @@ class Server:
 
 
 @contextmanager
-def uvicorn(module: str, *options: str, **environment: str) -> Iterator[Server]:
+def uvicorn(
+    module: str, *options: str, directory: Path | None = None, **environment: str
+) -> Iterator[Server]:
     process = subprocess.Popen(
         [
             *[sys.executable, "-X", "dev", "-m", "uvicorn"],
@@ -62,8 +66,8 @@ def uvicorn(module: str, *options: str, **environment: str) -> Iterator[Server]:
         ],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, **environment, "DJANGO_SETTINGS_MODULE": ""},
+        cwd=directory or ROOT,
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "", "PYTHONPATH": str(ROOT), **environment},
     )
     server = Server(process)
     try:
