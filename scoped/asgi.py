@@ -252,7 +252,11 @@ class _Exchange:
             self.problems.append(error)
 
     async def call_async(self, receivers: Iterable[Receiver]) -> None:
-        self.note(await await_all(receivers, request_finished, type(self.handler)))
+        outcomes: list[Outcome] = []
+        try:
+            await await_all(receivers, outcomes, request_finished, type(self.handler))
+        finally:
+            self.note(outcomes)
 
     def call_sync(self, receivers: Iterable[Receiver]) -> None:
         """In the request's thread: end the response, then call the receivers."""
@@ -262,7 +266,9 @@ class _Exchange:
                 self.response.close()
             else:
                 _run_closers(self.response)
-        self.note(call_all(receivers, request_finished, type(self.handler)))
+        outcomes: list[Outcome] = []
+        call_all(receivers, outcomes, request_finished, type(self.handler))
+        self.note(outcomes)
 
     def note(self, outcomes: Iterable[Outcome]) -> None:
         self.problems.extend(error for _, _, error in outcomes if error is not None)

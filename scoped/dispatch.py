@@ -8,7 +8,7 @@ restore.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -22,8 +22,10 @@ Receiver = Callable[..., Any]
 # What a receiver returned, or the error that it raised.
 Outcome = tuple[Receiver, Any, Exception | None]
 
+NOTHING: Mapping[str, Any] = {}
 
-async def asend(signal: Signal, sender: Any, **named: Any) -> list[tuple[Receiver, Any]]:
+
+async def asend(signal: Signal, /, sender: Any, **named: Any) -> list[tuple[Receiver, Any]]:
     """
     Send ``signal`` as ``signal.asend()`` does, in the caller's Context: first
     the sync receivers, in one hop to the thread for sync code, then the async
@@ -38,7 +40,7 @@ async def asend(signal: Signal, sender: Any, **named: Any) -> list[tuple[Receive
     return [(receiver, response) for receiver, response, _ in outcomes]
 
 
-async def asend_robust(signal: Signal, sender: Any, **named: Any) -> list[tuple[Receiver, Any]]:
+async def asend_robust(signal: Signal, /, sender: Any, **named: Any) -> list[tuple[Receiver, Any]]:
     """
     As ``asend``, but an error is logged, and is that receiver's response, as
     with ``signal.asend_robust()``.
@@ -54,10 +56,15 @@ async def asend_robust(signal: Signal, sender: Any, **named: Any) -> list[tuple[
 async def _dispatch(signal: Signal, sender: Any, named: dict[str, Any]) -> list[Outcome]:
     sync_receivers, async_receivers = live_receivers(signal, sender)
     outcomes: list[Outcome] = []
-    if sync_receivers:
-        outcomes += await sync_to_async(call_all)(sync_receivers, signal, sender, **named)
-    if async_receivers:
-        outcomes += await await_all(async_receivers, signal, sender, **named)
+    try:
+        if sync_receivers:
+            await sync_to_async(call_all)(sync_receivers, outcomes, signal, sender, named)
+        await await_all(async_receivers, outcomes, signal, sender, named)
+    except BaseException:
+        for _, _, error in outcomes:  # what a cancellation would hide
+            if error is not None:
+                _log(error)
+        raise
     return outcomes
 
 
@@ -69,28 +76,32 @@ def live_receivers(signal: Signal, sender: Any) -> tuple[list[Receiver], list[Re
 
 
 def call_all(
-    receivers: Iterable[Receiver], signal: Signal, sender: Any, **named: Any
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+    receivers: Iterable[Receiver],
+    outcomes: list[Outcome],
+    signal: Signal,
+    sender: Any,
+    named: Mapping[str, Any] = NOTHING,
+) -> None:
     for receiver in receivers:
         try:
             outcomes.append((receiver, receiver(signal=signal, sender=sender, **named), None))
         except Exception as error:
             outcomes.append((receiver, None, error))
-    return outcomes
 
 
 async def await_all(
-    receivers: Iterable[Receiver], signal: Signal, sender: Any, **named: Any
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+    receivers: Iterable[Receiver],
+    outcomes: list[Outcome],
+    signal: Signal,
+    sender: Any,
+    named: Mapping[str, Any] = NOTHING,
+) -> None:
     for receiver in receivers:
         try:
             response = await receiver(signal=signal, sender=sender, **named)
             outcomes.append((receiver, response, None))
         except Exception as error:
             outcomes.append((receiver, None, error))
-    return outcomes
 
 
 def raise_first(errors: Iterable[BaseException | None]) -> None:

@@ -9,7 +9,7 @@ import inspect
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from scoped.exceptions import FactoryError
 
@@ -121,9 +121,12 @@ def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
     the ``yield`` puts it in an exception group. Python turns a StopIteration or
     StopAsyncIteration that leaves a generator into a RuntimeError (PEP 479, 525).
     """
-    if isinstance(error, BaseExceptionGroup) and error is not failure:
-        return all(_is_failure(inner, failure) for inner in error.exceptions)
-    return error is failure or (
+    if error is failure:
+        return True
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(_is_failure(inner, failure) for inner in group.exceptions)
+    return (
         isinstance(failure, StopIteration | StopAsyncIteration)
         and isinstance(error, RuntimeError)
         and error.__cause__ is failure

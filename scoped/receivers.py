@@ -102,15 +102,15 @@ def _open_foreign(
     if sender in _our_handlers:
         return
     if environ is not None:
-        name = _name(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        name = _name(environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/")
         request_scope = _ForeignScope(name).open(sync_only=True, served=_is_server(sender))
     elif scope is not None and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
         name = _name(scope["method"], scope["path"])
-        request_scope = _ForeignScope(name).open(served=_is_server(sender))
+        request_scope = _ForeignScope(name)
         # This runs in a thread for sync code, and the view in that thread's event loop.
-        request_scope.owner, request_scope.thread = None, 0
-        request_scope.loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
+        loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
+        request_scope.open(served=_is_server(sender), loop=loop)
     else:
         return
     request_scope.opener = sender

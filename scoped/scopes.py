@@ -33,10 +33,9 @@ import atexit
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
-from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -392,7 +391,8 @@ class Scope:
 
     def _hand_to_keeper(self, set_up: _SetUp) -> None:
         self._pending[set_up.resource] = set_up
-        keeper = self._context().run(asyncio.create_task, self._keep(set_up))
+        context = self._context()
+        keeper = context.run(asyncio.create_task, self._keep(set_up))
         if set_up.done:  # an eager task factory has run it to its end
             return
         set_up.keeper = keeper
@@ -402,7 +402,8 @@ class Scope:
                 del self._pending[set_up.resource]
                 set_up.settle(asyncio.CancelledError())
 
-        keeper.add_done_callback(forget)
+        # Else the Context of the asker, a request's, would live as long as a lifespan's keeper.
+        keeper.add_done_callback(forget, context=context)
 
     def _context(self) -> Context:
         """The Context for a factory that somebody else than the owner asked for."""
@@ -429,17 +430,21 @@ class Scope:
             set_up.settle(error)
             del error
         if generator is not None:
-            cancellation = await self._await_verdict(keeper)
-            failure = keeper.verdict.result()
-            await self._finish_in_time(
-                resource, generator, cancellation if failure is None else failure
-            )
+            cancellation = await self._await_verdict(resource, keeper)
+            if keeper.verdict.done():
+                failure = keeper.verdict.result()
+                # A timeout or task group across the `yield` has cancelled this task, to be told so.
+                if failure is None and self.lifetime is Lifetime.REQUEST:
+                    failure = cancellation
+                await self._finish_in_time(resource, generator, failure)
 
-    async def _await_verdict(self, keeper: _Keeper) -> asyncio.CancelledError | None:
+    async def _await_verdict(
+        self, resource: "Resource[Any]", keeper: _Keeper
+    ) -> asyncio.CancelledError | None:
         """
         A keeper that is cancelled (its event loop shuts down, say) still waits for
         its turn: order is a promise. Where nobody is left to close the scope, it
-        sees to that.
+        does so itself, and tears down its own resource on the way.
         """
         cancellation = None
         while not keeper.verdict.done():
@@ -450,7 +455,13 @@ class Scope:
                 keeper.task.uncancel()
                 nobody_else = self.owner is None or self.owner.done()
                 if self.is_open and self._closer is None and nobody_else:
-                    self._closer = asyncio.create_task(self._close_abandoned(error))
+                    self._closer = keeper.task
+                    with suppress(asyncio.CancelledError):
+                        await self._close_abandoned(error)
+                    self._closer = None
+                    # Still there, if somebody else has begun to close: then that one's turn comes.
+                    if resource not in self._finalizers:
+                        break
         return cancellation
 
     async def _close_abandoned(self, failure: BaseException) -> None:
@@ -647,11 +658,18 @@ class Scope:
             else:
                 resource.factory.finish(generator, failure)
         elif isinstance(holder, _Keeper):
+            if holder.task is asyncio.current_task():  # it closes an abandoned scope
+                await self._finish_in_time(resource, generator, failure)
+                return
             if not holder.verdict.done():
                 holder.verdict.set_result(failure)
             await self._finish_elsewhere(resource, holder.task)
         else:
-            finish = partial(holder.context.run, resource.factory.finish, generator, failure)
+            context = holder.context
+
+            def finish() -> None:
+                context.run(resource.factory.finish, generator, failure)
+
             if self._sync_only or holder.thread == get_ident():
                 finish()
             else:
@@ -748,8 +766,16 @@ class RequestScope(Scope):
 
     lifetime = Lifetime.REQUEST
 
-    def open(self, *, sync_only: bool = False, served: bool = False) -> Self:
+    def open(
+        self,
+        *,
+        sync_only: bool = False,
+        served: bool = False,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Self:
         super().open()
+        if loop is not None:  # that of the sync code which opens it, and owns it no further
+            self.loop, self.owner, self.thread = loop, None, 0
         self._sync_only = sync_only
         self.served = served
         if self._previous is not None:
@@ -859,9 +885,8 @@ class LifespanScope(Scope):
 
     async def _close_abandoned(self, failure: BaseException | None) -> None:
         cancellation = await self._requests_ended()
-        if self._holders:  # somebody else has taken it over meanwhile
-            return
-        await self._end(failure if cancellation is None else cancellation)
+        if not self._holders:  # else somebody has taken it over meanwhile
+            await self._end(failure)
         if cancellation is not None:
             raise cancellation
 
@@ -897,10 +922,6 @@ class LifespanScope(Scope):
             idle = self._idle
         if idle is not None:
             self._in_loop(_set_done, idle)
-            if self._closer is not None and not by_sync_code:
-                # When the event loop shuts down, it is requests that it waits for.
-                if (cancellation := await outlast(self._closer)) is not None:
-                    raise cancellation
         elif not self._holders:
             if by_sync_code and self.loop is not None:
                 self._in_loop(self._close_later)

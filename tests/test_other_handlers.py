@@ -26,9 +26,10 @@ from scoped import (
     lifespan_scoped,
     request_scope,
     request_scoped,
+    scopes,
 )
 from scoped.receivers import _close_foreign, _open_foreign
-from scoped.scopes import current
+from scoped.scopes import current, run_without_loop
 from tests.connection import Connection
 
 log: list[str] = []
@@ -172,12 +173,25 @@ def test_the_client_in_a_scope_has_one_of_its_own():
 # WSGI
 
 
+@pytest.fixture
+def _process_ends():
+    """WSGI keeps its lifespan until the process ends."""
+    yield
+    if lifespan := scopes._lifespans.get(None):
+        run_without_loop(lifespan.close())
+
+
+@pytest.mark.usefixtures("_process_ends")
+def test_wsgi_without_a_path():
+    assert call(WSGIHandler(), None)[0].startswith("404")
+
+
 def call(application, where):
     statuses = []
     response = application(
         {
             "REQUEST_METHOD": "GET",
-            "PATH_INFO": where,
+            **({"PATH_INFO": where} if where else {}),  # PEP 3333: may be absent if empty
             "wsgi.input": io.BytesIO(),
             "SERVER_NAME": "localhost",
             "SERVER_PORT": "80",
@@ -190,6 +204,7 @@ def call(application, where):
         response.close()
 
 
+@pytest.mark.usefixtures("_process_ends")
 def test_wsgi_uses_sync_resources_and_keeps_the_lifespan_ones():
     application = WSGIHandler()
     for _ in range(3):  # in one thread, which carries its Context along
@@ -199,6 +214,7 @@ def test_wsgi_uses_sync_resources_and_keeps_the_lifespan_ones():
     assert "registry torn down" not in log
 
 
+@pytest.mark.usefixtures("_process_ends")
 def test_wsgi_after_a_request_that_the_server_never_closed_starts_afresh():
     application = WSGIHandler()
 

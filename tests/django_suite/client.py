@@ -1,0 +1,216 @@
+"""
+Serves the requests of Django's ``AsyncClient`` with our handler.
+
+Django's client has a handler of its own: no ASGI messages, no disconnect, no
+task for the request. Here the client is the other side of
+``ScopedASGIHandler.handle()``, in a server's place, and the test gets the
+response object that the view has returned all the same.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from copy import copy
+from threading import Lock
+from typing import Any
+
+from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
+from django.dispatch import Signal
+from django.http.response import HttpResponseBase
+
+from scoped.asgi import Message, ScopedASGIHandler
+from scoped.scopes import outlast
+
+__all__ = ["AsyncClientHandler", "ClientHandler"]
+
+# Event loops hold tasks weakly, and a test may drop a response that it has not read.
+_open_requests: set[asyncio.Task[None]] = set()
+
+
+class ClientHandler(ScopedASGIHandler):
+    """Shows its conversation the request and the response. A copy serves each request."""
+
+    conversation: "_Conversation"
+
+    def create_request(self, scope: dict[str, Any], body_file: Any) -> Any:
+        request, error_response = super().create_request(scope, body_file)
+        if request is not None:
+            request._dont_enforce_csrf_checks = not self.conversation.enforce_csrf_checks
+        self.conversation.request = request
+        return request, error_response
+
+    async def send_response(self, response: HttpResponseBase, send: Any) -> None:
+        self.conversation.response = response
+        await super().send_response(response, send)
+
+
+class AsyncClientHandler:
+    """
+    Takes an ASGI scope, returns the response. By then the request is finished,
+    unless it streams from an async iterator: then it goes on as the test reads
+    it, and finishes when the test has read or closed it. Should the test do
+    neither, the end of its event loop cancels the request.
+    """
+
+    handler_class = ClientHandler
+
+    def __init__(self, enforce_csrf_checks: bool = True) -> None:
+        self.enforce_csrf_checks = enforce_csrf_checks
+        self.handler: ClientHandler | None = None
+
+    async def __call__(self, scope: dict[str, Any]) -> HttpResponseBase:
+        if self.handler is None:  # not earlier: a test may override settings until its request
+            self.handler = self.handler_class()
+        payload = scope.pop("_body_file", None)
+        body = b"" if payload is None else payload.read()
+        conversation = _Conversation(body, self.enforce_csrf_checks)
+        handler = copy(self.handler)  # the middleware is shared
+        handler.conversation = conversation
+        return await conversation.hold(handler, scope)
+
+
+class _Conversation:
+    """
+    The client's side of one request. A message that the handler sends is done
+    with when the client asks for the next one: so a stream runs no further than
+    the test reads.
+    """
+
+    def __init__(self, body: bytes, enforce_csrf_checks: bool) -> None:
+        self.body = body
+        self.enforce_csrf_checks = enforce_csrf_checks
+        self.request: Any = None
+        self.response: Any = None
+        self.task: asyncio.Task[None] | None = None
+        self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: no more
+        self.reading = False  # a message has been taken and is not done with
+        self.body_received = False
+        self.hung_up = asyncio.Event()
+
+    # The handler's side
+
+    async def serve(self, handler: ClientHandler, scope: dict[str, Any]) -> None:
+        with _connections_kept():
+            await handler.handle(scope, self.receive, self.send)
+
+    async def receive(self) -> Message:
+        if not self.body_received:
+            self.body_received = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.hung_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if not self.hung_up.is_set():  # servers drop it in silence then
+            self.messages.put_nowait(message)
+            await self.messages.join()
+
+    # The client's side
+
+    async def hold(self, handler: ClientHandler, scope: dict[str, Any]) -> HttpResponseBase:
+        self.task = asyncio.create_task(self.serve(handler, scope))
+        _open_requests.add(self.task)
+        self.task.add_done_callback(_open_requests.discard)
+        self.task.add_done_callback(lambda task: self.messages.put_nowait(None))
+        try:
+            return await self.converse()
+        except BaseException:
+            self.task.cancel()
+            await outlast(self.task)
+            raise
+
+    async def converse(self) -> HttpResponseBase:
+        assert self.task is not None
+        if await self.next() is None:
+            self.task.result()
+            raise RuntimeError("The handler has returned, and sent no response.")
+        response = self.response
+        if not response.streaming or self.bodyless:
+            async for _ in self.parts():
+                pass
+            if self.bodyless:
+                # The handler sends it, and servers drop it.
+                setattr(response, "streaming_content" if response.streaming else "content", b"")
+        elif response.is_async:
+            # Of a copy, for the handler still needs its own.
+            response = copy(response)
+            response.streaming_content = self.parts()
+        else:
+            response.streaming_content = await self.parts_at_once()
+        # Django's would send request_finished, and the handler sees to that.
+        response.close = self.hung_up.set
+        response.asgi_request = self.request
+        return response
+
+    @property
+    def bodyless(self) -> bool:
+        status, request = self.response.status_code, self.request
+        head = request is not None and request.method == "HEAD"
+        return head or status < 200 or status in (204, 304)
+
+    async def parts(self) -> AsyncGenerator[bytes, None]:
+        """The body as it comes. At its end the request is finished; what it raised is raised."""
+        assert self.task is not None
+        try:
+            while (message := await self.next()) is not None:
+                if message.get("more_body") or message.get("body"):
+                    yield message["body"]
+        finally:
+            self.hung_up.set()
+            if (cancellation := await outlast(self.task)) is not None:
+                raise cancellation
+            self.task.result()
+
+    async def parts_at_once(self) -> Iterator[bytes]:
+        """
+        As the handler itself has to do with a sync iterator. The test reads it
+        without letting the event loop run, so the request cannot wait for it.
+        """
+        parts: list[bytes] = []
+        failure: Exception | None = None
+        try:
+            parts = [part async for part in self.parts()]
+        except Exception as error:
+            failure = error
+
+        def replay() -> Iterator[bytes]:
+            if failure is not None:
+                raise failure
+            yield from parts
+
+        return replay()
+
+    async def next(self) -> Message | None:
+        if self.reading:
+            self.reading = False
+            self.messages.task_done()
+        message = await self.messages.get()
+        self.reading = True
+        return message
+
+
+_lock = Lock()
+_keeping = 0
+_disconnected: list[Signal] = []
+
+
+@contextmanager
+def _connections_kept() -> Iterator[None]:
+    """
+    Leave the database connections open when a request starts or finishes, as
+    Django's clients do: they are the test's own, with its transaction.
+    """
+    global _keeping
+    with _lock:
+        _keeping += 1
+        if _keeping == 1:
+            signals = (request_started, request_finished)
+            _disconnected.extend(s for s in signals if s.disconnect(close_old_connections))
+    try:
+        yield
+    finally:
+        with _lock:
+            _keeping -= 1
+            while not _keeping and _disconnected:
+                _disconnected.pop().connect(close_old_connections)

@@ -1,0 +1,700 @@
+"""Promise 16 and trap 20: what lives as long as the server, once per event loop."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+
+from scoped import (
+    AsyncResourceError,
+    NoScopeError,
+    ScopeClosedError,
+    TeardownError,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+    scopes,
+)
+from scoped.scopes import LifespanScope, RequestScope
+
+MARK: ContextVar[str] = ContextVar("MARK", default="unset")
+
+
+async def settle() -> None:
+    """Let every other task run until it waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Eager resources are those of one test, and no test leaves a lifespan behind."""
+    before, scopes.eager[:] = list(scopes.eager), []
+    yield
+    scopes.eager[:] = before
+    assert scopes._lifespans == {}
+
+
+class TestOnePerEventLoop:
+    async def test_every_request_gets_the_same_and_it_ends_with_the_lifespan(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            log.append("set up")
+            yield object()
+            log.append("torn down")
+
+        async def request() -> object:
+            async with request_scope():
+                return (await asyncio.gather(pool(), pool()))[0]
+
+        async with lifespan_scope():
+            found = await asyncio.gather(*(request() for _ in range(5)))
+            assert await pool() is found[0]
+            assert log == ["set up"]
+        assert len(set(found)) == 1
+        assert log == ["set up", "torn down"]
+
+    def test_two_event_loops_have_two(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            yield asyncio.get_running_loop()
+            log.append("torn down")
+
+        async def serve(meeting: threading.Barrier) -> tuple[object, object]:
+            async with lifespan_scope(), request_scope():
+                found = await pool()
+                await asyncio.to_thread(meeting.wait, 5)
+                assert await pool() is found
+            return found, asyncio.get_running_loop()
+
+        meeting = threading.Barrier(2)
+        results: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: results.append(asyncio.run(serve(meeting))))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 2
+        assert all(found is loop for found, loop in results)
+        assert log == ["torn down", "torn down"]
+
+    async def test_an_event_loop_started_inside_a_request_of_another_has_its_own(self) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            yield asyncio.get_running_loop()
+
+        async def elsewhere() -> bool:
+            async with request_scope():
+                return await pool() is asyncio.get_running_loop()
+
+        async with lifespan_scope(), request_scope():
+            assert await pool() is asyncio.get_running_loop()
+            assert await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
+
+    def test_the_same_thread_with_a_second_event_loop_sees_no_dead_pool(self) -> None:
+        @lifespan_scoped
+        async def pool() -> object:
+            return asyncio.get_running_loop()
+
+        async def main() -> bool:
+            async with request_scope():
+                return await pool() is asyncio.get_running_loop()
+
+        assert asyncio.run(main())
+        assert asyncio.run(main())
+
+    async def test_inside_another_one_it_is_the_same(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("torn down")
+
+        async with lifespan_scope() as outer:
+            async with lifespan_scope() as inner:
+                assert inner is outer
+                await pool()
+            assert log == []
+            assert outer.is_open
+        assert log == ["torn down"]
+
+    async def test_without_one_it_ends_with_the_last_open_request(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            yield object()
+            log.append("torn down")
+
+        go_on = asyncio.Event()
+
+        async def longer() -> object:
+            async with request_scope():
+                found = await pool()
+                await go_on.wait()
+                assert log == []
+                return found
+
+        task = asyncio.create_task(longer())
+        await settle()
+        async with request_scope():
+            found = await pool()
+        assert log == []
+        go_on.set()
+        assert await task is found
+        assert log == ["torn down"]
+        async with request_scope():
+            assert await pool() is not found
+        assert log == ["torn down", "torn down"]
+
+    async def test_a_request_that_comes_while_an_implied_one_closes_has_a_new_one(
+        self, log: list[str]
+    ) -> None:
+        closing, go_on = asyncio.Event(), asyncio.Event()
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            yield object()
+            closing.set()
+            await go_on.wait()
+            log.append("torn down")
+
+        async def request() -> object:
+            async with request_scope():
+                return await pool()
+
+        first = asyncio.create_task(request())
+        await closing.wait()
+        second = asyncio.create_task(request())
+        await settle()
+        assert log == []
+        go_on.set()
+        assert await first is not await second
+        assert log == ["torn down", "torn down"]
+
+    async def test_a_request_that_comes_while_the_server_shuts_down_is_told_so(
+        self, log: list[str]
+    ) -> None:
+        closing, go_on = asyncio.Event(), asyncio.Event()
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            yield object()
+            closing.set()
+            await go_on.wait()
+
+        async def server() -> None:
+            async with lifespan_scope():
+                await pool()
+
+        task = asyncio.create_task(server())
+        await closing.wait()
+        async with request_scope():
+            with pytest.raises(ScopeClosedError, match="the lifespan"):
+                await pool()
+        go_on.set()
+        await task
+
+    async def test_outside_every_scope_there_is_none(self) -> None:
+        @lifespan_scoped
+        async def pool() -> str:
+            return "pool"
+
+        with pytest.raises(NoScopeError):
+            await pool()
+
+    async def test_a_task_that_outlives_its_request_may_still_use_it(self) -> None:
+        @lifespan_scoped
+        async def pool() -> object:
+            return object()
+
+        @lifespan_scoped
+        async def other() -> str:
+            return "other"
+
+        go_on = asyncio.Event()
+
+        async def outlive() -> object:
+            await go_on.wait()
+            assert await other() == "other"
+            return await pool()
+
+        async with lifespan_scope():
+            async with request_scope():
+                found = await pool()
+                task = asyncio.create_task(outlive())
+            go_on.set()
+            assert await task is found
+            go_on.clear()
+            late = asyncio.create_task(outlive())
+        go_on.set()
+        with pytest.raises(ScopeClosedError, match="the lifespan"):
+            await late
+
+
+class TestContext:
+    async def test_it_is_set_up_in_a_context_of_its_own(self) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield MARK.get()
+            MARK.set("changed")
+
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            token = MARK.set(MARK.get())
+            yield MARK.get()
+            MARK.reset(token)
+
+        MARK.set("server")
+        async with lifespan_scope():
+            MARK.set("request")
+            async with request_scope():
+                assert await pool() == "server"
+                assert settings() == "server"
+                assert await sync_to_async(settings)() == "server"
+                assert MARK.get() == "request"
+        assert MARK.get() == "request"
+
+    async def test_implied_by_a_request_it_has_nothing_of_its_context(self) -> None:
+        seen: list[str] = []
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            async def work() -> None:
+                seen.append(MARK.get())
+
+            worker = asyncio.create_task(work())
+            yield MARK.get()
+            await worker
+
+        @lifespan_scoped
+        def settings() -> str:
+            return MARK.get()
+
+        MARK.set("request")
+        async with request_scope():
+            assert await pool() == "unset"
+            assert settings() == "unset"
+        assert seen == ["unset"]
+
+    async def test_a_worker_of_the_pool_keeps_no_request_alive(self) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            worker = asyncio.create_task(asyncio.Event().wait())
+            yield "pool"
+            worker.cancel()
+
+        async def request() -> "weakref.ref[RequestScope]":
+            async with request_scope() as scope:
+                await pool()
+                return weakref.ref(scope)
+
+        async with lifespan_scope():
+            gone = await asyncio.create_task(request())
+            await settle()
+            gc.collect()
+            assert gone() is None
+
+
+class TestShutdown:
+    async def test_it_waits_for_open_requests(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            await pool()
+            yield "db"
+            await asyncio.sleep(0.01)
+            log.append("db")
+
+        opened, go_on = asyncio.Event(), asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await db()
+                opened.set()
+                await go_on.wait()
+
+        async with lifespan_scope():
+            tasks = [asyncio.create_task(request()) for _ in range(2)]
+            await opened.wait()
+            asyncio.get_running_loop().call_later(0.01, go_on.set)
+        assert log == ["db", "db", "pool"]
+        await asyncio.gather(*tasks)
+
+    async def test_but_not_for_ever(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(LifespanScope, "shutdown_timeout", 0.02)
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                await go_on.wait()
+                with pytest.raises(ScopeClosedError):
+                    await pool()
+
+        async with lifespan_scope():
+            task = asyncio.create_task(request())
+            await settle()
+        assert log == ["pool"]
+        assert "1 request(s) still open after 0.02 seconds" in caplog.text
+        assert "the request scope" in caplog.text
+        go_on.set()
+        await task
+
+    async def test_cancelled_meanwhile_it_still_waits_and_tears_down(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            try:
+                yield "pool"
+            finally:
+                log.append("pool")
+
+        opened, go_on = asyncio.Event(), asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                opened.set()
+                await go_on.wait()
+                log.append("request")
+
+        async def server() -> None:
+            async with lifespan_scope():
+                await opened.wait()
+
+        serving = asyncio.create_task(server())
+        await settle()
+        task = asyncio.create_task(request())
+        await opened.wait()
+        await settle()
+        for _ in range(3):
+            serving.cancel()
+            await settle()
+        assert log == []
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+        assert log == ["request", "pool"]
+        await task
+
+    async def test_a_request_that_fails_to_tear_down_does_not_hold_it_up(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            yield await pool()
+            raise ValueError("broken")
+
+        async with lifespan_scope():
+            with pytest.raises(TeardownError):
+                async with request_scope():
+                    await db()
+        assert log == ["pool"]
+
+    async def test_a_request_in_sync_code_is_waited_for_too(self, log: list[str]) -> None:
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            yield "settings"
+            log.append("settings")
+
+        opened, go_on = threading.Event(), threading.Event()
+
+        def request() -> None:
+            with request_scope():
+                assert settings() == "settings"
+                opened.set()
+                go_on.wait(5)
+                log.append("request")
+
+        async with lifespan_scope():
+            task = asyncio.create_task(asyncio.to_thread(request))
+            await asyncio.to_thread(opened.wait, 5)
+            asyncio.get_running_loop().call_later(0.01, go_on.set)
+        assert log == ["request", "settings"]
+        await task
+
+    async def test_an_implied_one_whose_last_request_ends_in_another_thread(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        opened, go_on = threading.Event(), threading.Event()
+
+        def sync_request() -> None:
+            with request_scope():
+                opened.set()
+                go_on.wait(5)
+
+        async with request_scope():
+            await pool()
+            task = asyncio.create_task(asyncio.to_thread(sync_request))
+            await asyncio.to_thread(opened.wait, 5)
+        assert log == []
+        go_on.set()
+        await task
+        await settle()
+        assert log == ["pool"]
+
+    def test_and_in_sync_code_of_the_loops_thread(self, log: list[str]) -> None:
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            try:
+                yield "settings"
+            finally:
+                log.append("settings")
+
+        async def main() -> None:
+            with request_scope():
+                settings()
+
+        asyncio.run(main())
+        assert log == ["settings"]
+
+    def test_a_served_request_keeps_it_until_the_event_loop_ends(self, log: list[str]) -> None:
+        """A server without the lifespan protocol says nothing at its end."""
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[object]:
+            try:
+                yield object()
+            finally:
+                await asyncio.sleep(0.001)
+                log.append("pool")
+
+        async def request() -> object:
+            scope = RequestScope("the request GET /").open(served=True)
+            found = await pool()
+            await scope.close()
+            scope.leave()
+            return found
+
+        async def main() -> None:
+            assert await asyncio.create_task(request()) is await asyncio.create_task(request())
+            assert log == []
+
+        asyncio.run(main())
+        assert log == ["pool"]
+
+    def test_also_where_a_thread_for_sync_code_was_the_first_to_ask(self, log: list[str]) -> None:
+        @lifespan_scoped
+        def settings() -> Iterator[object]:
+            try:
+                yield object()
+            finally:
+                log.append("settings")
+
+        async def request() -> object:
+            scope = RequestScope("the request GET /").open(served=True)
+            found = await sync_to_async(settings)()
+            await scope.close()
+            scope.leave()
+            return found
+
+        async def main() -> None:
+            assert await asyncio.create_task(request()) is await asyncio.create_task(request())
+            assert log == []
+
+        asyncio.run(main())
+        assert log == ["settings"]
+
+    async def test_taken_over_while_it_waits_it_stays_and_a_cancellation_is_not_lost(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                await go_on.wait()
+
+        async def server() -> None:
+            async with lifespan_scope():
+                tasks.append(asyncio.create_task(request()))
+                await settle()
+
+        tasks: list[asyncio.Task[None]] = []
+        first = asyncio.create_task(server())
+        await settle()
+        await settle()
+        assert not first.done()
+        async with lifespan_scope():
+            first.cancel()
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert log == []
+        assert log == ["pool"]
+        await tasks[0]
+
+    async def test_two_who_want_to_close_it_do_not_lose_a_teardown(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        @lifespan_scoped
+        async def later() -> AsyncIterator[str]:
+            yield "later"
+            await go_on.wait()
+            log.append("later")
+
+        async with request_scope() as scope:
+            await pool()
+            await later()
+            lifespan = scope.lifespan
+            assert lifespan is not None
+            _, keeper = lifespan._finalizers[pool.resource]
+            assert isinstance(keeper, scopes._Keeper)
+            keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
+            await settle()
+            closing = asyncio.create_task(lifespan.close())
+            await settle()
+        await settle()
+        assert log == []
+        go_on.set()
+        await closing
+        assert log == ["later", "pool"]
+
+
+class TestEager:
+    async def test_it_is_set_up_when_the_lifespan_opens_in_order(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        async def pool() -> AsyncIterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @lifespan_scoped(eager=True)
+        def settings() -> Iterator[str]:
+            log.append("+settings")
+            yield "settings"
+            log.append("-settings")
+
+        @lifespan_scoped
+        async def lazy() -> None:
+            log.append("lazy")
+
+        async with lifespan_scope():
+            assert log == ["+pool", "+settings"]
+        assert log == ["+pool", "+settings", "-settings", "-pool"]
+
+    async def test_a_failure_names_the_resource_and_closes_what_was_opened(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped(eager=True)
+        async def pool() -> AsyncIterator[str]:
+            try:
+                yield "pool"
+            except ValueError:
+                log.append("pool saw it")
+                raise
+
+        @lifespan_scoped(eager=True)
+        async def cache() -> str:
+            await pool()
+            raise ValueError("no cache")
+
+        @lifespan_scoped(eager=True)
+        async def never() -> None:
+            log.append("never")
+
+        with pytest.raises(ValueError, match="no cache") as caught:
+            async with lifespan_scope():
+                log.append("started")
+        assert log == ["pool saw it"]
+        assert caught.value.__notes__ == [f"while {cache.resource} was set up at start-up"]
+        assert scopes.current.get() is None
+
+    async def test_cancelled_at_start_up_it_closes_what_was_opened(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        async def pool() -> AsyncIterator[str]:
+            try:
+                yield "pool"
+            finally:
+                log.append("pool")
+
+        @lifespan_scoped(eager=True)
+        async def slow() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log.append("slow ended")
+
+        async def server() -> None:
+            async with lifespan_scope():
+                log.append("started")
+
+        task = asyncio.create_task(server())
+        await settle()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert log == ["slow ended", "pool"]
+
+
+def test_an_async_resource_in_sync_code_is_refused_and_nothing_is_left() -> None:
+    @lifespan_scoped
+    async def pool() -> str:
+        return "pool"
+
+    with request_scope(), pytest.raises(AsyncResourceError):
+        pool().send(None)
+
+
+async def test_many_requests_in_many_threads_and_loops_leave_nothing() -> None:
+    made: list[object] = []
+
+    @lifespan_scoped
+    def settings() -> Iterator[object]:
+        made.append(object())
+        yield made[-1]
+        made.append("torn down")
+
+    def requests() -> None:
+        for _ in range(50):
+            with request_scope():
+                settings()
+
+    await asyncio.gather(*(asyncio.to_thread(requests) for _ in range(4)))
+    assert made.count("torn down") == len(made) / 2

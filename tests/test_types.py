@@ -1,0 +1,194 @@
+"""Types are behaviour: what mypy and pyright infer for a resource is its factory's type."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """\
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+
+from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
+
+
+class Connection: ...
+
+
+@request_scoped
+async def async_generator() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+@request_scoped
+async def async_generator_2() -> AsyncGenerator[Connection, None]:
+    yield Connection()
+
+
+@request_scoped
+async def coroutine_function() -> Connection:
+    return Connection()
+
+
+@request_scoped
+def generator() -> Iterator[Connection]:
+    yield Connection()
+
+
+@request_scoped
+def generator_2() -> Generator[Connection, None, None]:
+    yield Connection()
+
+
+@request_scoped
+def function() -> Connection:
+    return Connection()
+
+
+@lifespan_scoped
+async def pool() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+@lifespan_scoped(eager=True)
+async def eager_pool() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+@lifespan_scoped(eager=True)
+def settings() -> dict[str, int]:
+    return {}
+
+
+@request_scoped()
+async def maybe() -> Connection | None:
+    return None
+
+
+async def view() -> None:
+    reveal_type(await async_generator())  # Connection
+    reveal_type(await async_generator_2())  # Connection
+    reveal_type(await coroutine_function())  # Connection
+    reveal_type(generator())  # Connection
+    reveal_type(generator_2())  # Connection
+    reveal_type(function())  # Connection
+    reveal_type(await pool())  # Connection
+    reveal_type(await eager_pool())  # Connection
+    reveal_type(settings())  # dict[str, int]
+    reveal_type(await maybe())  # Connection | None
+    reveal_type(current_scope().is_open)  # bool
+    async with request_scope() as scope:
+        reveal_type(scope)  # RequestScope
+    async with lifespan_scope() as lifespan:
+        reveal_type(lifespan)  # Scope
+    with request_scope() as scope:
+        reveal_type(scope.name)  # str
+"""
+
+WRONG = """\
+from collections.abc import AsyncIterator
+
+from scoped import request_scoped
+
+
+@request_scoped
+async def db() -> AsyncIterator[str]:
+    yield "db"
+
+
+@request_scoped
+def tenant() -> str:
+    return "tenant"
+
+
+async def view() -> None:
+    number: int = await db()
+    (await db()).no_such_method()
+    await tenant()
+    db(1)
+
+
+@request_scoped
+async def needs_an_argument(request: object) -> None: ...
+"""
+
+
+def run(checker: str, path: Path, *options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", checker, *options, str(path)],
+        cwd=ROOT,
+        env=os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1", "PYTHONWARNINGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def check(checker: str, path: Path, cache: Path) -> tuple[int, str]:
+    if checker == "mypy":
+        return run(checker, path, "--strict", "--cache-dir", str(cache))
+    return run(checker, path, "--pythonpath", sys.executable)
+
+
+# Both are in the dependency group `lint`, and .ci/run runs this file with both.
+CHECKERS = pytest.mark.parametrize(
+    "checker", [name for name in ("mypy", "pyright") if importlib.util.find_spec(name)]
+)
+
+
+@CHECKERS
+@pytest.mark.timeout(300)
+def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    code, output = check(checker, path, tmp_path / "cache")
+    assert code == 0, output
+    found = dict(
+        re.findall(r"program\.py:(\d+):.*(?:Revealed type is|Type of .* is) ['\"](.*)['\"]", output)
+    )
+    expected = {
+        str(number): line.rpartition("# ")[2]
+        for number, line in enumerate(PROGRAM.splitlines(), 1)
+        if "reveal_type" in line
+    }
+    assert len(expected) == 14
+
+    def plain(name: str) -> str:
+        return re.sub(r"(?:program|builtins|scoped\.scopes)\.", "", name)
+
+    assert {number: plain(name) for number, name in found.items()} == expected
+
+
+@CHECKERS
+@pytest.mark.timeout(300)
+def test_a_wrong_use_is_an_error(checker: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(WRONG)
+    code, output = check(checker, path, tmp_path / "cache")
+    assert code == 1, output
+    lines = WRONG.splitlines()
+    found = {int(number) for number in re.findall(r"wrong\.py:(\d+):(?:\d+)?[ :-]*error", output)}
+    first = lines.index("async def view() -> None:") + 1
+    assert set(range(first + 1, first + 5)) <= found, output
+    declared = len(lines)
+    assert found & {declared, declared - 1}, output
+    assert found <= {*range(first + 1, first + 5), declared, declared - 1}, output
+
+
+@CHECKERS
+@pytest.mark.timeout(300)
+def test_the_core_is_clean_in_strict_mode(checker: str, tmp_path: Path) -> None:
+    modules = [f"scoped/{name}.py" for name in ("exceptions", "factories", "scopes", "resources")]
+    options = (
+        ["--strict", "--cache-dir", str(tmp_path / "cache")]
+        if checker == "mypy"
+        else ["--pythonpath", sys.executable]
+    )
+    code, output = run(checker, Path("scoped/__init__.py"), *options, *modules)
+    assert code == 0, output
