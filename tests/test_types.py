@@ -136,7 +136,7 @@ def check(checker: str, path: Path, cache: Path) -> tuple[int, str]:
     return run(checker, path, "--pythonpath", sys.executable)
 
 
-# Both are in the dependency group `lint`, and .ci/run runs this file with both.
+# pyright is in the dependency group `lint`: .ci/run runs this file with it too.
 CHECKERS = pytest.mark.parametrize(
     "checker", [name for name in ("mypy", "pyright") if importlib.util.find_spec(name)]
 )

@@ -10,9 +10,8 @@ import pytest
 from tests.uvicorn import uvicorn
 
 
-@pytest.mark.parametrize("http", ["h11", "httptools"])
-def test_the_view_sees_what_a_request_started_receiver_set(http):
-    with uvicorn("tests.projects.receiver_sets", "--http", http) as server:
+def test_the_view_sees_what_a_request_started_receiver_set():
+    with uvicorn("tests.projects.receiver_sets") as server:
         with httpx.Client(base_url=server.url) as client:  # keeps its connection alive
             answers = [client.get("/").text for _ in range(3)]
     assert answers == ["request_id_value"] * 3
