@@ -139,12 +139,12 @@ def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
     get_current = current.get
 
     async def access() -> Any:
-        try:
-            scope: Any = get_current()
-            if scope.thread == get_ident():
+        scope = get_current()
+        if scope is not None and scope.thread == get_ident():
+            if resource in scope.values:
                 return scope.values[resource]
-        except (KeyError, AttributeError):  # not set up yet, or no scope
-            pass
+            if scope.sets_up_here(resource):
+                return await scope.set_up_here(resource)
         return await scope_for(resource).get(resource)
 
     return access
@@ -154,12 +154,10 @@ def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
     get_current = current.get
 
     async def access() -> Any:
-        try:
-            lifespan: Any = cast(Any, get_current()).lifespan
-            if lifespan.thread == get_ident():
-                return lifespan.values[resource]
-        except (KeyError, AttributeError):
-            pass
+        scope = get_current()
+        lifespan = None if scope is None else scope.lifespan
+        if lifespan is not None and lifespan.thread == get_ident() and resource in lifespan.values:
+            return lifespan.values[resource]
         return await scope_for(resource).get(resource)
 
     return access

@@ -38,7 +38,7 @@ from contextvars import Context, ContextVar, copy_context
 from enum import Enum
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from asgiref.sync import sync_to_async
 
@@ -130,44 +130,62 @@ def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:
 class _SetUp:
     """One attempt to set up one resource, and those who wait for it."""
 
-    __slots__ = ("done", "keeper", "lock", "needs", "outcome", "resource", "thread", "waiters")
+    __slots__ = ("done", "keeper", "latch", "needs", "resource", "waiters")
 
-    def __init__(self, resource: "Resource[Any]") -> None:
+    def __init__(self, resource: "Resource[Any]", latch: "_Latch | None" = None) -> None:
         self.resource = resource
         self.done = False
-        # The error it ends with goes in here, for those who took hold of the list before. It
-        # lets go of it itself: a stray task's Context may hold a set-up for ever.
-        self.outcome: list[BaseException] = []
         self.keeper: asyncio.Task[None] | None = None
-        self.needs: list[_SetUp] = []  # what its factory waits for right now
-        self.waiters: list[asyncio.Future[None]] = []  # tasks, where it is async
-        self.thread = get_ident()
-        self.lock: threading.Lock | None = None  # threads wait for it, where it is sync
+        # What its factory waits for right now.
+        self.needs: list[_SetUp] | None = None
+        # Tasks that wait for it, where it is async; threads wait for the latch, where it is sync.
+        self.waiters: list[asyncio.Future[BaseException | None]] | None = None
+        self.latch = latch
 
     def settle(self, error: BaseException | None = None) -> None:
-        if error is not None:
-            self.outcome.append(error)
-        self.outcome, self.keeper = [], None
+        """Tell those who wait. Keeps nothing: a stray task's Context may hold this for ever."""
         self.done = True
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        if self.lock is not None:
-            self.lock.release()
+        self.keeper = None
+        if self.waiters is not None:
+            for waiter in self.waiters:
+                if not waiter.done():
+                    waiter.set_result(error)
+        if self.latch is not None:
+            latch, self.latch = self.latch, None
+            latch.error = error
+            latch.lock.release()
 
     def need(self, other: "_SetUp") -> None:
+        if self.needs is None:
+            self.needs = []
         # Noted before the look, so that of two threads closing a circle one sees it.
         self.needs.append(other)
         if circle := _way(other, self, set()):
             self.needs.remove(other)
             raise CircularResourceError([step.resource for step in [self, *circle]])
 
+    def got(self, other: "_SetUp") -> None:
+        if self.needs is not None:
+            self.needs.remove(other)
+
+
+class _Latch:
+    """Lets threads wait for a sync set-up in another one."""
+
+    __slots__ = ("error", "lock", "thread")
+
+    def __init__(self) -> None:
+        self.thread = get_ident()
+        self.error: BaseException | None = None
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
 
 def _way(start: _SetUp, goal: _SetUp, seen: set[_SetUp]) -> list[_SetUp] | None:
     if start is goal:
         return [start]
     seen.add(start)
-    for needed in list(start.needs):
+    for needed in list(start.needs or ()):
         if needed not in seen and (rest := _way(needed, goal, seen)):
             return [start, *rest]
     return None
@@ -193,6 +211,79 @@ def _timed_out(resource: object, seconds: float) -> TimeoutError:
     )
 
 
+class _Teardown:
+    """A teardown under way in a task."""
+
+    __slots__ = ("due", "overdue", "resource", "scope", "task")
+
+    def __init__(
+        self, task: "asyncio.Task[Any]", resource: "Resource[Any]", scope: "Scope", due: float
+    ) -> None:
+        self.task = task
+        self.resource = resource
+        self.scope = scope
+        self.due = due
+        self.overdue = 0
+
+    def expire(self) -> None:
+        seconds = self.scope.teardown_timeout
+        self.overdue += 1
+        self.due += seconds
+        logger.error(
+            "%s of %s is still being torn down after %g seconds: cancelling that.",
+            self.resource,
+            self.scope,
+            seconds * self.overdue,
+        )
+        self.task.cancel()
+
+
+class _Watch:
+    """
+    Cancels those of an event loop's teardowns that take too long. One timer
+    serves them all: one for each would cost as much as a whole small scope.
+    """
+
+    __slots__ = ("loop", "teardowns", "timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.teardowns: dict[_Teardown, None] = {}
+        self.timer: asyncio.TimerHandle | None = None
+
+    def add(self, teardown: _Teardown) -> None:
+        self.teardowns[teardown] = None
+        if self.timer is None or self.timer.when() > teardown.due:
+            self.set_timer(teardown.due)
+
+    def set_timer(self, due: float) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        # In a Context of its own, or it would keep somebody's alive.
+        self.timer = self.loop.call_at(due, self.look, context=Context())
+
+    def look(self) -> None:
+        self.timer, now = None, self.loop.time()
+        for teardown in list(self.teardowns):
+            if teardown.due <= now:
+                teardown.expire()
+        if self.teardowns:
+            self.set_timer(min(teardown.due for teardown in self.teardowns))
+
+
+_watches: dict[asyncio.AbstractEventLoop, _Watch] = {}
+
+
+def _watch_of(loop: asyncio.AbstractEventLoop) -> _Watch:
+    try:
+        return _watches[loop]
+    except KeyError:
+        for other in list(_watches):  # here, as nobody tells us when a loop ends
+            if other.is_closed():
+                _watches.pop(other, None)
+        return _watches.setdefault(loop, _Watch(loop))
+
+
 class _Keeper:
     """Tears down, in the task that set it up, what some other task than the owner asked for."""
 
@@ -203,6 +294,10 @@ class _Keeper:
         assert task is not None
         self.task: asyncio.Task[None] = task
         self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
+
+
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)
 
 
 class _Elsewhere:
@@ -240,6 +335,7 @@ class Scope:
     )
 
     lifetime: ClassVar[Lifetime]
+    owns_set_ups: ClassVar[bool] = False  # whether its owner runs factories inline
     # Seconds that one resource's teardown may take before it is cancelled.
     teardown_timeout: ClassVar[float] = 10.0
     # Seconds that a closing lifespan waits for requests that are still open.
@@ -273,30 +369,36 @@ class Scope:
 
     # First use
 
+    def sets_up_here(self, resource: "Resource[Any]") -> bool:
+        """Whether the caller, in this scope's thread, is the one to run the factory, inline."""
+        owner = self.owner
+        return (
+            owner is not None
+            and owner is asyncio.current_task(self.loop)
+            and self.owns_set_ups
+            and self._state == "open"
+            and resource not in self._pending
+        )
+
     async def get(self, resource: "Resource[Any]") -> Any:
         """The value of an async resource, set up now if need be."""
         asker = _asker()
-        first = False
         while True:
             self._check(resource)
             if resource in self.values:
                 return self.values[resource]
-            set_up = self._pending.get(resource)
+            set_up, first = self._pending.get(resource), False
             if set_up is None:
-                if self.owner is asyncio.current_task() and self.lifetime is Lifetime.REQUEST:
-                    return await self._set_up_here(resource, asker)
+                if self.sets_up_here(resource):
+                    return await self.set_up_here(resource)
                 set_up, first = _SetUp(resource), True
-            outcome = set_up.outcome
-            if first:
-                self._hand_to_keeper(set_up)
-            await self._wait(set_up, asker)
+            error = await self._wait(set_up, asker, first)
             # Innocent of a cancellation are those who did not start the set-up: they try again.
-            if outcome and (first or isinstance(outcome[0], Exception)) and self.is_open:
+            if error is not None and (first or isinstance(error, Exception)) and self.is_open:
                 try:
-                    raise outcome[0]
+                    raise error
                 finally:
-                    del outcome  # no cycle of the error and this frame
-            first = False
+                    del error  # no cycle with this frame
 
     def _check(self, resource: "Resource[Any]") -> None:
         if self._state != "open" and not (self._state == "closing" and resource in self.values):
@@ -325,69 +427,61 @@ class Scope:
             )
         self.thread = get_ident()
 
-    async def _wait(self, set_up: _SetUp, asker: _SetUp | None) -> None:
-        if set_up.done:
-            return
+    async def _wait(
+        self, set_up: _SetUp, asker: _SetUp | None, first: bool
+    ) -> BaseException | None:
+        """Wait for a set-up, which the first to do so starts. Returns its error, if any."""
         if asker is not None:
             asker.need(set_up)
-        waiter = asyncio.get_running_loop().create_future()
+        if set_up.waiters is None:
+            set_up.waiters = []
+        waiter: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         set_up.waiters.append(waiter)
         try:
-            await waiter
+            if first:
+                self._hand_to_keeper(set_up)
+            return await waiter
         finally:
             set_up.waiters.remove(waiter)
             if asker is not None:
-                asker.needs.remove(set_up)
+                asker.got(set_up)
             if not set_up.waiters and not set_up.done and set_up.keeper is not None:
                 set_up.keeper.cancel()  # nobody wants it any more
 
-    async def _set_up_here(self, resource: "Resource[Any]", asker: _SetUp | None) -> Any:
+    async def set_up_here(self, resource: "Resource[Any]") -> Any:
         set_up = self._pending[resource] = _SetUp(resource)
+        asker = outer = _setting_up.get()
         if asker is not None:
-            asker.need(set_up)
-        outer = _setting_up.get()
+            if asker.done:
+                asker = None
+            else:
+                asker.need(set_up)
         _setting_up.set(set_up)
         error: BaseException | None = None
         try:
             value, generator = await resource.factory.start()
-            if not self._hold(resource, value, generator, None):
-                await self._finish_in_time(resource, generator, self.failure)
-                raise ScopeClosedError(resource, self)
+            if self._state != "open":
+                await self._refuse(resource, generator)
+            if generator is not None:
+                self._finalizers[resource] = (generator, None)
+            self.values[resource] = value
         except BaseException as raised:
             error = raised
             raise
         finally:
             _setting_up.set(outer)
             if asker is not None:
-                asker.needs.remove(set_up)
+                asker.got(set_up)
             del self._pending[resource]
             set_up.settle(error)
             del error
         return value
 
-    def _hold(
-        self,
-        resource: "Resource[Any]",
-        value: object,
-        generator: object,
-        holder: "_Keeper | _Elsewhere | None",
-    ) -> bool:
-        """
-        Take over a value that is set up. Raises ScopeClosedError where it came
-        after the scope closed; returns false where the caller, moreover, has
-        to tear it down.
-        """
+    async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
+        """What is set up only after the scope has begun to close is torn down at once."""
         if generator is not None:
-            self._finalizers[resource] = (generator, holder)
-        self.values[resource] = value
-        # Looked at after the value is in, for another thread may be closing the scope: either
-        # its teardown still finds the value, or this finds the scope closed.
-        if self._state == "open":
-            return True
-        if self.values.pop(resource, self) is self or generator is None:
-            raise ScopeClosedError(resource, self)
-        del self._finalizers[resource]
-        return False
+            await self._finish_in_time(resource, generator, self.failure)
+        raise ScopeClosedError(resource, self)
 
     def _hand_to_keeper(self, set_up: _SetUp) -> None:
         self._pending[set_up.resource] = set_up
@@ -416,9 +510,11 @@ class Scope:
         error: BaseException | None = None
         try:
             value, generator = await resource.factory.start()
-            if not self._hold(resource, value, generator, keeper):
-                await self._finish_in_time(resource, generator, self.failure)
-                raise ScopeClosedError(resource, self)
+            if self._state != "open":
+                await self._refuse(resource, generator)
+            if generator is not None:
+                self._finalizers[resource] = (generator, keeper)
+            self.values[resource] = value
             del value
         except BaseException as raised:
             error = raised
@@ -476,34 +572,30 @@ class Scope:
                 return self.values[resource]
             except KeyError:
                 pass
-            set_up = _SetUp(resource)
-            set_up.lock = threading.Lock()
-            set_up.lock.acquire()
+            set_up = _SetUp(resource, _Latch())
             other = self._pending.setdefault(resource, set_up)
-            outcome = other.outcome
             if other is set_up:
                 if resource not in self.values:  # by a thread that came first, since the look
                     return self._set_up_sync(set_up, asker)
                 del self._pending[resource]
                 set_up.settle()
-            else:
-                self._wait_for_thread(other, asker)
-                if outcome and isinstance(outcome[0], Exception):
+            elif (latch := other.latch) is not None:
+                self._wait_for_thread(other, latch, asker)
+                if isinstance(latch.error, Exception):
                     try:
-                        raise outcome[0]
+                        raise latch.error
                     finally:
-                        del outcome  # no cycle of the error and this frame
+                        del latch  # no cycle of the error and this frame
 
-    def _wait_for_thread(self, set_up: _SetUp, asker: _SetUp | None) -> None:
+    def _wait_for_thread(self, set_up: _SetUp, latch: _Latch, asker: _SetUp | None) -> None:
         if asker is not None:
             asker.need(set_up)
-        elif set_up.thread == get_ident() and not set_up.done:
+        elif latch.thread == get_ident() and not set_up.done:
             # Called, through the event loop, by the very factory that it would wait for.
             raise CircularResourceError([set_up.resource, set_up.resource])
-        assert set_up.lock is not None
         patience = -1 if _running_loop() is None else _LOOP_PATIENCE
         try:
-            if not set_up.lock.acquire(timeout=patience):
+            if not latch.lock.acquire(timeout=patience):
                 raise AsyncResourceError(
                     set_up.resource,
                     self,
@@ -511,18 +603,14 @@ class Scope:
                     "waiting for this event loop",
                     "In async code use `await sync_to_async(...)()` for it.",
                 )
-            set_up.lock.release()
+            latch.lock.release()
         finally:
             if asker is not None:
-                asker.needs.remove(set_up)
+                asker.got(set_up)
 
     def _set_up_sync(self, set_up: _SetUp, asker: _SetUp | None) -> Any:
         resource = set_up.resource
-        inline = (
-            self.lifetime is Lifetime.REQUEST
-            and self.thread == get_ident()
-            and self.owner is _current_task()
-        )
+        inline = self.owns_set_ups and self.thread == get_ident() and self.owner is _current_task()
         context = None if inline else self._context()
         if asker is not None:
             asker.need(set_up)
@@ -535,12 +623,14 @@ class Scope:
             else:
                 context.run(_setting_up.set, set_up)
                 value, generator = context.run(resource.factory.start)
-            holder = None if context is None else _Elsewhere(context)
-            if not self._hold(resource, value, generator, holder):
-                if context is None:
-                    resource.factory.finish(generator, self.failure)
-                else:
-                    context.run(resource.factory.finish, generator, self.failure)
+            if generator is not None:
+                holder = None if context is None else _Elsewhere(context)
+                self._finalizers[resource] = (generator, holder)
+            self.values[resource] = value
+            # Looked at after the value is in, for another thread may be closing the scope:
+            # either its teardown still finds the value, or this finds the scope closed.
+            if self._state != "open":
+                self._take_back(resource, context)
                 raise ScopeClosedError(resource, self)
         except BaseException as raised:
             error = raised
@@ -549,30 +639,41 @@ class Scope:
             if context is None:
                 _setting_up.set(outer)
             if asker is not None:
-                asker.needs.remove(set_up)
+                asker.got(set_up)
             del self._pending[resource]
             set_up.settle(error)
             del error
         return value
 
+    def _take_back(self, resource: "Resource[Any]", context: Context | None) -> None:
+        if self.values.pop(resource, self) is self:
+            return  # the teardown has it
+        generator, _ = self._finalizers.pop(resource, (None, None))
+        if generator is not None:
+            run = _call if context is None else context.run
+            run(resource.factory.finish, generator, self.failure)
+
     # Opening and closing
 
-    def open(self) -> Self:
-        """Make this the current scope. The task at hand, if any, is its owner."""
+    def _open(
+        self, loop: asyncio.AbstractEventLoop | None, owner: "asyncio.Task[Any] | None"
+    ) -> None:
+        """Make this the current scope. The owner is the task at hand, if any."""
         if self._state != "new":
             raise RuntimeError(f"{self} has been opened before: make a new scope for each use.")
         self._state = "open"
-        previous = current.get()
-        self._previous = previous if previous is not None and previous.is_open else None
-        current.set(self)
-        self.owner = _current_task()
+        self.loop = loop
+        self.owner = owner
         self.thread = get_ident()
-        self.loop = _running_loop()
-        return self
+        previous = current.get()
+        if previous is not None and previous._state == "open":
+            self._previous = previous
+        current.set(self)
 
     def leave(self) -> None:
         """Make the scope around this one current again, if it is still open."""
-        previous, self._previous = self._previous, None
+        previous = self._previous
+        self._previous = None
         if current.get() is self:
             # Not by token: those are bound to one Context, and this may be another.
             current.set(previous if previous is not None and previous.is_open else None)
@@ -593,7 +694,7 @@ class Scope:
             self.failure = failure
         failure = self.failure
         errors: list[Exception] = []
-        fatal: BaseException | None = await self._stop_set_ups()
+        fatal: BaseException | None = await self._stop_set_ups() if self._pending else None
         while self.values:
             try:
                 resource = self.values.popitem()[0]
@@ -603,7 +704,10 @@ class Scope:
             if generator is None:
                 continue
             try:
-                await self._finish(resource, generator, holder, failure)
+                if holder is None and resource.factory.is_async:
+                    await self._finish_in_time(resource, generator, failure)
+                else:
+                    await self._finish(resource, generator, holder, failure)
             except Exception as error:
                 error.add_note(f"while {resource} was torn down")
                 errors.append(error)
@@ -612,12 +716,13 @@ class Scope:
             del generator, holder
         self._state = "closed"
         self.failure = failure = self.owner = self._closer = None
-        try:
-            await self._closed()
-        except Exception as error:
-            errors.append(error)
-        except BaseException as error:
-            fatal = _graver(fatal, error)
+        if self.lifespan is not None:
+            try:
+                await self._closed()
+            except Exception as error:
+                errors.append(error)
+            except BaseException as error:
+                fatal = _graver(fatal, error)
         try:
             if fatal is not None:
                 if errors:
@@ -653,10 +758,7 @@ class Scope:
         failure: BaseException | None,
     ) -> None:
         if holder is None:
-            if resource.factory.is_async:
-                await self._finish_in_time(resource, generator, failure)
-            else:
-                resource.factory.finish(generator, failure)
+            resource.factory.finish(generator, failure)
         elif isinstance(holder, _Keeper):
             if holder.task is asyncio.current_task():  # it closes an abandoned scope
                 await self._finish_in_time(resource, generator, failure)
@@ -713,37 +815,24 @@ class Scope:
         Bounded by ``teardown_timeout``: then cancelled, and cancelled again each
         time that it has taken as long once more.
         """
-        task = asyncio.current_task()
+        loop = self.loop
+        assert loop is not None
+        task = asyncio.current_task(loop)
         assert task is not None
-        loop, seconds = task.get_loop(), self.teardown_timeout
-        before, overdue = task.cancelling(), 0
-
-        timer: asyncio.TimerHandle
-
-        def expire() -> None:
-            nonlocal timer, overdue
-            overdue += 1
-            logger.error(
-                "%s of %s is still being torn down after %g seconds: cancelling that.",
-                resource,
-                self,
-                seconds * overdue,
-            )
-            task.cancel()
-            timer = loop.call_later(seconds, expire)
-
-        timer = loop.call_later(seconds, expire)
+        watch, before = _watch_of(loop), task.cancelling()
+        teardown = _Teardown(task, resource, self, loop.time() + self.teardown_timeout)
+        watch.add(teardown)
         try:
             await resource.factory.finish(generator, failure)
         except asyncio.CancelledError:
-            if not overdue or task.cancelling() > before + overdue:
+            if not teardown.overdue or task.cancelling() > before + teardown.overdue:
                 raise  # somebody else's
         finally:
-            timer.cancel()
-            for _ in range(overdue):
+            del watch.teardowns[teardown]
+            for _ in range(teardown.overdue):
                 task.uncancel()
-        if overdue:
-            raise _timed_out(resource, seconds)
+        if teardown.overdue:
+            raise _timed_out(resource, self.teardown_timeout)
 
     async def _closed(self) -> None:
         """What is left to do when nothing is held any more."""
@@ -765,6 +854,7 @@ class RequestScope(Scope):
     __slots__ = ()
 
     lifetime = Lifetime.REQUEST
+    owns_set_ups = True
 
     def open(
         self,
@@ -773,23 +863,26 @@ class RequestScope(Scope):
         served: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
-        super().open()
-        if loop is not None:  # that of the sync code which opens it, and owns it no further
-            self.loop, self.owner, self.thread = loop, None, 0
+        running = _running_loop()
+        self._open(running, None if running is None else asyncio.current_task(running))
         self._sync_only = sync_only
         self.served = served
-        if self._previous is not None:
-            self.lifespan = self._previous.lifespan
-        if (
-            self.lifespan is None
-            or not self.lifespan.is_open
-            # Sync code may share its caller's; another event loop has one of its own.
-            or (self.loop is not None and self.lifespan.loop is not self.loop)
-        ):
-            self.lifespan = _lifespans.get(self.loop)
-        if self.lifespan is not None and not self.lifespan.join(self):
-            self.lifespan = None
+        if loop is not None:  # that of the sync code which opens it, and owns it no further
+            self.loop, self.owner, self.thread = loop, None, 0
+        self._find_lifespan()
         return self
+
+    def _find_lifespan(self) -> None:
+        lifespan = None if self._previous is None else self._previous.lifespan
+        if (
+            lifespan is None
+            or not lifespan.is_open
+            # Sync code may share its caller's; another event loop has one of its own.
+            or (self.loop is not None and lifespan.loop is not self.loop)
+        ):
+            lifespan = _lifespans.get(self.loop)
+        if lifespan is not None and lifespan.join(self):
+            self.lifespan = lifespan
 
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
@@ -809,7 +902,12 @@ class RequestScope(Scope):
             await self.lifespan.part(self, by_sync_code=self._sync_only or self.loop is None)
 
     async def __aenter__(self) -> Self:
-        return self.open()
+        task = asyncio.current_task()
+        assert task is not None
+        self._open(task.get_loop(), task)
+        if _lifespans:
+            self._find_lifespan()
+        return self
 
     async def __aexit__(
         self,
@@ -818,7 +916,11 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            await self._end(exc)
+            await self.close(exc)
+        except TeardownError as error:
+            if exc is None or isinstance(exc, Exception):
+                raise
+            self._log(error)
         finally:
             self.leave()
 
@@ -854,7 +956,8 @@ class LifespanScope(Scope):
         self._requests: set[RequestScope] = set()
         self._idle: asyncio.Future[None] | None = None
         self.lifespan = self
-        base.run(self.open)
+        loop = _running_loop()
+        base.run(self._open, loop, None if loop is None else asyncio.current_task(loop))
         self._previous = None  # nobody leaves it: its Context is its own
 
     @classmethod
@@ -907,12 +1010,18 @@ class LifespanScope(Scope):
         return cancellation
 
     def join(self, request: RequestScope) -> bool:
+        if self._holders:  # then it does not close just because the last request parts
+            self._requests.add(request)
+            return self.is_open
         with _lifespans_lock:
             if self.is_open:
                 self._requests.add(request)
             return self.is_open
 
     async def part(self, request: RequestScope, *, by_sync_code: bool) -> None:
+        if self._holders and self._idle is None:
+            self._requests.discard(request)
+            return
         with _lifespans_lock:
             self._requests.discard(request)
             if self._requests:

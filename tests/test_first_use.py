@@ -557,7 +557,7 @@ class TestWaitersAreInnocent:
             context = contextvars.copy_context
             first = threads.submit(context().run, tenant)
             assert begun.wait(5)
-            lock = scope._pending[tenant.resource].lock
+            lock = scope._pending[tenant.resource].latch.lock
             assert lock is not None
             waiting = threading.Event()
 
@@ -568,7 +568,7 @@ class TestWaitersAreInnocent:
 
                 release = staticmethod(lock.release)
 
-            scope._pending[tenant.resource].lock = NoticedLock()  # type: ignore[assignment]
+            scope._pending[tenant.resource].latch.lock = NoticedLock()  # type: ignore[assignment]
             second = threads.submit(context().run, tenant)
             assert waiting.wait(5)
             go_on.set()
