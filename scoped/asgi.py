@@ -8,13 +8,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from typing import Any, cast
 
 import django
 from asgiref.sync import AsyncToSync, ThreadSensitiveContext, sync_to_async
+from django.core.cache import caches, close_caches
 from django.core.exceptions import RequestAborted
-from django.core.handlers.asgi import ASGIHandler, get_script_prefix
+from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
+from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
+from django.db import close_old_connections, reset_queries
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
@@ -22,14 +26,21 @@ from scoped import conf
 from scoped.dispatch import (
     Outcome,
     Receiver,
-    asend,
     await_all,
     call_all,
+    call_in_turn,
     live_receivers,
     raise_first,
 )
-from scoped.receivers import close, connect_handler, note_failure
+from scoped.receivers import (
+    close,
+    close_foreign,
+    connect_handler,
+    note_failure,
+    open_foreign,
+)
 from scoped.scopes import RequestScope, current, lifespan_scope, outlast
+from scoped.threads import LentThread, end_idle
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -106,58 +117,63 @@ class _Exchange:
         self.client_gone = False
         self.sent_last = False  # the response's last message is with the server
         self.finishing = False
+        self.stray: BaseException | None = None  # what a message that must not come led to
         self.problems: list[BaseException] = []  # raised after the request failed, or ended
+        self.request: ASGIRequest | None = None
+        self.thread: LentThread | None = None
 
     # In the server's task
 
     async def supervise(self, receive: Receive) -> None:
-        listener = self.listener = asyncio.create_task(self.handler.listen_for_disconnect(receive))
+        loop = asyncio.get_running_loop()
         child = asyncio.create_task(self.run())
-        awaited: set[asyncio.Task[None]] = {child, listener}
         cancellation: asyncio.CancelledError | None = None
-        stray: BaseException | None = None
+        turns = 0
         while not child.done():
             try:
-                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if not turns:
+                    # A request that never waits is over after its first turn: nobody need listen.
+                    turns = 1
+                    await asyncio.sleep(0)
+                    continue
+                if self.listener is None and not self.finishing:
+                    listen = self.handler.listen_for_disconnect(receive)
+                    self.listener = asyncio.create_task(listen)
+                    self.listener.add_done_callback(partial(self.heard, child))
+                over = loop.create_future()
+                child.add_done_callback(partial(_wake, over))
+                await over
             except asyncio.CancelledError as error:
                 cancellation = error
                 self.cancel(child)
-            if listener in awaited and listener.done():
-                awaited.remove(listener)
-                stray = self.heard(listener, child)
-        listener.cancel()
-        cancellation = await outlast(listener) or cancellation
-        if not listener.cancelled():
-            listener.exception()  # heard, or too late to matter
-        failure = None if child.cancelled() else child.exception()
+        if self.listener is not None:
+            self.listener.cancel()
+            cancellation = await outlast(self.listener) or cancellation
+        failure, stray = None if child.cancelled() else child.exception(), self.stray
         try:
             if cancellation is not None:
-                stray, failure = failure, None
-                raise_first([cancellation, stray])
+                raise_first([cancellation, failure])
             if stray is not None:
                 raise_first([stray, failure])
             if not (self.client_gone and child.cancelled()):
                 child.result()
         finally:
+            self.stray = None
             del cancellation, stray, failure  # no cycle with this frame
 
-    def heard(
-        self, listener: "asyncio.Task[None]", child: "asyncio.Task[None]"
-    ) -> BaseException | None:
-        """The client has gone, or sent what it must not: returns the error to raise, if any."""
+    def heard(self, child: "asyncio.Task[None]", listener: "asyncio.Task[None]") -> None:
+        """The client has gone, or sent what it must not."""
         if listener.cancelled():
-            return None
+            return
         error = listener.exception()
         if isinstance(error, RequestAborted):
             # Servers report a completed exchange as a disconnect too: that is no failure.
             if not self.sent_last and not self.finishing:
                 self.client_gone = True
                 self.cancel(child)
-            return None
-        if error is not None and not self.finishing:
+        elif error is not None and not self.finishing:
+            self.stray = error
             self.cancel(child)
-            return error
-        return None
 
     def cancel(self, child: "asyncio.Task[None]") -> None:
         if not self.cancelled and not self.finishing:
@@ -167,25 +183,47 @@ class _Exchange:
     # In the child task
 
     async def run(self) -> None:
-        async with ThreadSensitiveContext():
-            around, request_scope = current.get(), None
-            sync_parent = getattr(AsyncToSync.executors, "current", None)
-            failure: BaseException | None = None
+        if getattr(AsyncToSync.executors, "current", None) is None:
+            self.thread = LentThread()
+        # Else sync code, a test's say, waits for this request, and what is sync runs in its thread.
+        try:
+            async with ThreadSensitiveContext(executor=self.thread):
+                await self.run_in_context()
+        finally:
+            if self.thread is not None:
+                self.thread.give_back()
+
+    async def run_in_context(self) -> None:
+        around, request_scope = current.get(), None
+        sync_parent = getattr(AsyncToSync.executors, "current", None)
+        failure: BaseException | None = None
+        try:
+            set_script_prefix(get_script_prefix(self.scope))
             try:
-                set_script_prefix(get_script_prefix(self.scope))
-                try:
-                    await asend(request_started, type(self.handler), scope=self.scope)
-                finally:
-                    opened = current.get()
-                    if opened is not around and isinstance(opened, RequestScope):
-                        request_scope = opened  # else a cancellation came before our receiver
-                await self.respond()
-            except BaseException as error:
-                failure = error
-            # A sync view that was cancelled while it ran async code leaves the executor of that
-            # moment behind in this Context: the hops to come would find it broken.
-            AsyncToSync.executors.current = sync_parent
-            await self.finish(request_scope, failure)
+                await self.start()
+            finally:
+                opened = current.get()
+                if opened is not around and isinstance(opened, RequestScope):
+                    request_scope = opened  # else a cancellation came before our receiver
+            await self.respond()
+        except BaseException as error:
+            failure = error
+        # A sync view that was cancelled while it ran async code leaves the executor of that
+        # moment behind in this Context: the hops to come would find it broken.
+        AsyncToSync.executors.current = sync_parent
+        await self.finish(request_scope, failure)
+
+    async def start(self) -> None:
+        sender, named = type(self.handler), {"scope": self.scope}
+        sync_receivers, async_receivers = live_receivers(request_started, sender)
+        if self.thread is not None and _only_tidy(sync_receivers):
+            # They tidy the thread: so it is enough that they do when it is taken.
+            self.thread.tidy = partial(call_all, sync_receivers, [], request_started, sender, named)
+            sync_receivers = []
+        outcomes = await call_in_turn(
+            sync_receivers, async_receivers, request_started, sender, named
+        )
+        raise_first(error for _, _, error in outcomes)
 
     async def respond(self) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)
@@ -193,6 +231,7 @@ class _Exchange:
             self.body_file.close()
             self.response = error_response
         else:
+            self.request = request
             self.response = await self.handler.run_get_response(request)
         await self.handler.send_response(self.response, self.forward)
 
@@ -211,14 +250,15 @@ class _Exchange:
         step is taken, whatever the others raise.
         """
         self.finishing = True
-        assert self.listener is not None
-        self.listener.cancel()
+        if self.listener is not None:
+            self.listener.cancel()
         task = asyncio.current_task()
         while task is not None and task.cancelling():
             task.uncancel()  # so that timeouts and task groups work in teardowns
         if failure is not None and request_scope is not None and request_scope.failure is None:
             request_scope.failure = failure
-        if isinstance(failure, asyncio.CancelledError):
+        gone = isinstance(failure, asyncio.CancelledError)
+        if self.thread.is_busy if self.thread is not None else gone:
             # A sync view runs on in its thread: do not tear down under it.
             await self.attempt(sync_to_async(_nothing)())
         sync_receivers, async_receivers = live_receivers(request_finished, type(self.handler))
@@ -230,7 +270,10 @@ class _Exchange:
         await self.attempt(self.call_async(reversed(async_receivers)))
         if request_scope is not None:
             await self.attempt(close(request_scope))
-        await self.attempt(sync_to_async(self.call_sync)(sync_receivers))
+        if self.needs_thread(sync_receivers):
+            await self.attempt(sync_to_async(self.call_sync)(sync_receivers))
+        elif self.response is not None:
+            _run_closers(self.response)
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
         try:
@@ -244,6 +287,26 @@ class _Exchange:
         finally:
             del failure
             self.problems.clear()
+
+    def needs_thread(self, sync_receivers: list[Receiver]) -> bool:
+        """Whether anything is left to do that must, or had better, be done in the thread."""
+        if self.thread is None or self.thread.is_taken or not _only_tidy(sync_receivers):
+            return True
+        if any(True for _ in caches.all(initialized_only=True)):
+            return True  # close_caches() may have to wait for a server
+        if self.response is None:
+            return False
+        request = self.request
+        trivial = (
+            request.close
+            if request is not None
+            and type(request).close is ASGIRequest.close
+            and not hasattr(request, "_files")
+            else None
+        )
+        return _closes_itself(self.response) or any(
+            closer != trivial for closer in self.response._resource_closers
+        )
 
     async def attempt(self, step: Awaitable[None]) -> None:
         try:
@@ -275,6 +338,23 @@ class _Exchange:
 
 
 def _nothing() -> None: ...
+
+
+def _wake(over: "asyncio.Future[None]", _: object) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+# Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
+# Context that ends with the request.
+_TIDY = {
+    *(reset_queries, close_old_connections, close_caches, reset_urlconf),
+    *(open_foreign, close_foreign),
+}
+
+
+def _only_tidy(receivers: list[Receiver]) -> bool:
+    return _TIDY.issuperset(receivers)
 
 
 async def _close_stream(response: Any) -> None:
@@ -317,6 +397,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             phase = "shutdown"
             await receive()
+        end_idle()
     except Exception as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         logger.exception("The %s of the lifespan failed.", phase)

@@ -53,8 +53,17 @@ async def asend_robust(signal: Signal, /, sender: Any, **named: Any) -> list[tup
     return responses
 
 
-async def _dispatch(signal: Signal, sender: Any, named: dict[str, Any]) -> list[Outcome]:
-    sync_receivers, async_receivers = live_receivers(signal, sender)
+async def _dispatch(signal: Signal, sender: Any, named: Mapping[str, Any]) -> list[Outcome]:
+    return await call_in_turn(*live_receivers(signal, sender), signal, sender, named)
+
+
+async def call_in_turn(
+    sync_receivers: Iterable[Receiver],
+    async_receivers: Iterable[Receiver],
+    signal: Signal,
+    sender: Any,
+    named: Mapping[str, Any],
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     try:
         if sync_receivers:

@@ -52,9 +52,9 @@ def connect_handler(handler: type) -> None:
 
 def connect() -> None:
     """Let requests of other handlers open and close a scope, as far as that can be done."""
-    _connect_first(request_started, _open_foreign)
+    _connect_first(request_started, open_foreign)
     # Before Django's close_old_connections: a teardown may still use the database.
-    _connect_first(request_finished, _close_foreign)
+    _connect_first(request_finished, close_foreign)
     got_request_exception.connect(_request_failed)
 
 
@@ -92,7 +92,7 @@ def note_failure(failure: BaseException) -> None:
         scope.failure = failure
 
 
-def _open_foreign(
+def open_foreign(
     *,
     sender: Any,
     scope: dict[str, Any] | None = None,
@@ -121,7 +121,7 @@ def _is_server(sender: Any) -> bool:
     return not sender.__module__.startswith("django.test.")
 
 
-def _close_foreign(*, sender: Any, **kwargs: Any) -> None:
+def close_foreign(*, sender: Any, **kwargs: Any) -> None:
     scope = current.get()
     # Django's test clients, and the stock handler after a 400, send this without a sender.
     if not isinstance(scope, _ForeignScope) or sender not in (None, scope.opener):

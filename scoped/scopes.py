@@ -36,6 +36,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
@@ -103,18 +104,36 @@ async def outlast(
     caller is cancelled meanwhile. Returns the last cancellation, for the caller to
     raise in its time.
     """
-    clock = asyncio.get_running_loop().time
-    deadline = None if seconds is None else clock() + seconds
+    loop = asyncio.get_running_loop()
+    time_is_up = loop.create_future()
+    timer = None if seconds is None else loop.call_later(seconds, _set_done, time_is_up)
     cancellation = None
-    while waiting := [future for future in futures if not future.done()]:
-        left = None if deadline is None else deadline - clock()
-        if left is not None and left <= 0:
-            break
-        try:
-            await asyncio.wait(waiting, timeout=left)
-        except asyncio.CancelledError as error:
-            cancellation = error
+    for future in futures:
+        while not future.done() and not time_is_up.done():
+            # Not asyncio.wait(), which is several times as slow.
+            woken = loop.create_future()
+            wake = partial(_wake, woken)
+            future.add_done_callback(wake)
+            time_is_up.add_done_callback(wake)
+            try:
+                await woken
+            except asyncio.CancelledError as error:
+                cancellation = error
+            finally:
+                future.remove_done_callback(wake)
+                time_is_up.remove_done_callback(wake)
+    if timer is not None:
+        timer.cancel()
     return cancellation
+
+
+def _wake(woken: "asyncio.Future[None]", _: object) -> None:
+    _set_done(woken)
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -1078,11 +1097,6 @@ class LifespanScope(Scope):
 def _forget(lifespan: LifespanScope) -> None:
     if _lifespans.get(lifespan.loop) is lifespan:
         del _lifespans[lifespan.loop]
-
-
-def _set_done(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def scope_for(resource: "Resource[Any]") -> Scope:

@@ -28,7 +28,7 @@ from scoped import (
     request_scoped,
     scopes,
 )
-from scoped.receivers import _close_foreign, _open_foreign
+from scoped.receivers import close_foreign, open_foreign
 from scoped.scopes import current, run_without_loop
 from tests.connection import Connection
 
@@ -123,7 +123,7 @@ def of_tenant():
 
 
 def test_our_receivers_for_others_are_sync_and_come_before_djangos():
-    for signal, receiver in [(request_started, _open_foreign), (request_finished, _close_foreign)]:
+    for signal, receiver in [(request_started, open_foreign), (request_finished, close_foreign)]:
         order = [reference() for _, reference, *_ in signal.receivers]
         assert order.index(receiver) < order.index(close_old_connections)
         assert not any(is_async for key, *_, is_async in signal.receivers if key[1] == id(None)), (

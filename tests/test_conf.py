@@ -1,0 +1,40 @@
+"""The ``SCOPED`` setting: unknown keys and senseless values are refused in clear words."""
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.test import override_settings
+
+from scoped.scopes import Scope
+from scoped.threads import LentThread
+
+
+@pytest.fixture(autouse=True)
+def _defaults():
+    before = Scope.teardown_timeout, Scope.shutdown_timeout, LentThread.max_idle
+    yield
+    assert (Scope.teardown_timeout, Scope.shutdown_timeout, LentThread.max_idle) == before
+
+
+def test_settings_are_in_force_and_undone():
+    with override_settings(
+        SCOPED={"TEARDOWN_TIMEOUT": 1, "SHUTDOWN_TIMEOUT": 2.5, "MAX_IDLE_THREADS": 0}
+    ):
+        assert (Scope.teardown_timeout, Scope.shutdown_timeout) == (1, 2.5)
+        assert LentThread.max_idle == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"TEARDOWN_TIMOUT": 1}, "unknown keys: TEARDOWN_TIMOUT. Known: TEARDOWN_TIMEOUT, "),
+        ({"TEARDOWN_TIMEOUT": 0}, "number of seconds greater than 0"),
+        ({"SHUTDOWN_TIMEOUT": "10"}, "number of seconds greater than 0"),
+        ({"SHUTDOWN_TIMEOUT": True}, "number of seconds greater than 0"),
+        ({"MAX_IDLE_THREADS": -1}, "number of threads, 0 or more"),
+        ({"MAX_IDLE_THREADS": 1.5}, "number of threads, 0 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(setting, message):
+    with pytest.raises(ImproperlyConfigured, match=message):
+        with override_settings(SCOPED=setting):
+            pass
