@@ -30,6 +30,7 @@ from scoped.dispatch import (
     call_all,
     call_in_turn,
     live_receivers,
+    log_errors,
     raise_first,
 )
 from scoped.receivers import (
@@ -218,12 +219,18 @@ class _Exchange:
         sync_receivers, async_receivers = live_receivers(request_started, sender)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
-            self.thread.tidy = partial(call_all, sync_receivers, [], request_started, sender, named)
+            self.thread.tidy = partial(self.tidy, sync_receivers)
             sync_receivers = []
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, named
         )
         raise_first(error for _, _, error in outcomes)
+
+    def tidy(self, receivers: Iterable[Receiver]) -> None:
+        """In the request's thread: call receivers of request_started, late."""
+        outcomes: list[Outcome] = []
+        call_all(receivers, outcomes, request_started, type(self.handler), {"scope": self.scope})
+        log_errors(outcomes)
 
     async def respond(self) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)

@@ -70,9 +70,7 @@ async def call_in_turn(
             await sync_to_async(call_all)(sync_receivers, outcomes, signal, sender, named)
         await await_all(async_receivers, outcomes, signal, sender, named)
     except BaseException:
-        for _, _, error in outcomes:  # what a cancellation would hide
-            if error is not None:
-                _log(error)
+        log_errors(outcomes)  # which the cancellation would hide
         raise
     return outcomes
 
@@ -111,6 +109,12 @@ async def await_all(
             outcomes.append((receiver, response, None))
         except Exception as error:
             outcomes.append((receiver, None, error))
+
+
+def log_errors(outcomes: Iterable[Outcome]) -> None:
+    for _, _, error in outcomes:
+        if error is not None:
+            _log(error)
 
 
 def raise_first(errors: Iterable[BaseException | None]) -> None:
