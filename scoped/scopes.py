@@ -735,6 +735,10 @@ class Scope:
             del generator, holder
         self._state = "closed"
         self.failure = failure = self.owner = self._closer = None
+        if self.served:
+            # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
+            # server that begins each request in the Context of the last would make a chain of all.
+            self._previous = None
         if self.lifespan is not None:
             try:
                 await self._closed()

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextvars
+import gc
 import logging
 import threading
+import weakref
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -407,6 +409,35 @@ async def test_a_request_made_inside_a_request_has_its_own_resources():
 
     assert (await get("/outer_view", handler)).body == b"plain"
     assert log == ["db set up", "db set up", "db torn down", "db torn down"]
+
+
+async def test_requests_each_begun_in_the_context_of_the_last_make_no_chain():
+    """As servers do that pipeline, from inside send(); and somebody keeps the last Context."""
+    handler = ScopedASGIHandler()
+    scopes, tasks, kept = [], [], []
+
+    @view
+    async def notes_its_scope(request):
+        scopes.append(weakref.ref(current_scope()))
+        return HttpResponse()
+
+    async def begin_the_next(number, message):
+        if number == 1 and len(tasks) < 10:
+            tasks.append(Connection(handler, path, before_send=begin_the_next).start())
+            while len(scopes) < len(tasks):
+                await asyncio.sleep(0)
+        elif len(tasks) == 10:
+            kept.append(contextvars.copy_context())
+
+    path = "/notes_its_scope"
+    tasks.append(Connection(handler, path, before_send=begin_the_next).start())
+    for task in tasks:  # grows meanwhile
+        await task
+    tasks.clear()
+    del task
+    gc.collect()
+    assert len(scopes) == 10
+    assert sum(scope() is not None for scope in scopes) <= 1  # that of the Context that is kept
 
 
 async def test_requests_side_by_side_never_share():
