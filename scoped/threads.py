@@ -57,6 +57,7 @@ class LentThread(Executor):
 
     def give_back(self) -> None:
         """To be called when the request has ended. What is still running there may go on."""
+        self.tidy = None  # a stray task's Context may hold this for ever: keep nothing
         thread, self.thread = self.thread, None
         if thread is None:
             return
