@@ -41,7 +41,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import AsyncToSync, sync_to_async
 
 from scoped.exceptions import (
     AsyncResourceError,
@@ -790,10 +790,23 @@ class Scope:
                 holder.verdict.set_result(failure)
             await self._finish_elsewhere(resource, holder.task)
         else:
-            context = holder.context
+            context, begun = holder.context, False
 
             def finish() -> None:
+                nonlocal begun
+                begun = True
                 context.run(resource.factory.finish, generator, failure)
+
+            async def hop() -> None:
+                try:
+                    await sync_to_async(finish)()
+                except RuntimeError:
+                    if begun:
+                        raise
+                    # Cancelled, async_to_sync() leaves its executor, which has ended, behind in
+                    # the Context; this task's own is a copy.
+                    AsyncToSync.executors.current = None
+                    await sync_to_async(finish)()
 
             if self._sync_only or holder.thread == get_ident():
                 finish()
@@ -801,7 +814,7 @@ class Scope:
                 # In a task, as asgiref drops what is cancelled before the thread gets to it. In
                 # time, as nothing ends a thread that hangs.
                 await self._finish_elsewhere(
-                    resource, asyncio.create_task(sync_to_async(finish)()), self.teardown_timeout
+                    resource, asyncio.create_task(hop()), self.teardown_timeout
                 )
 
     async def _finish_elsewhere(
