@@ -798,15 +798,20 @@ class Scope:
                 context.run(resource.factory.finish, generator, failure)
 
             async def hop() -> None:
-                try:
-                    await sync_to_async(finish)()
-                except RuntimeError:
-                    if begun:
-                        raise
-                    # Cancelled, async_to_sync() leaves its executor, which has ended, behind in
-                    # the Context; this task's own is a copy.
-                    AsyncToSync.executors.current = None
-                    await sync_to_async(finish)()
+                cancellation = None
+                while not begun:
+                    try:
+                        await sync_to_async(finish)()
+                    except asyncio.CancelledError as error:
+                        cancellation = error  # asgiref drops what the thread has not got to
+                    except RuntimeError:
+                        if begun or getattr(AsyncToSync.executors, "current", None) is None:
+                            raise
+                        # Cancelled, async_to_sync() leaves its executor, which has ended, behind
+                        # in the Context; this task's own is a copy.
+                        AsyncToSync.executors.current = None
+                if cancellation is not None:
+                    raise cancellation
 
             if self._sync_only or holder.thread == get_ident():
                 finish()
