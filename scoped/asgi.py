@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import django
-from asgiref.sync import AsyncToSync, ThreadSensitiveContext, sync_to_async
+from asgiref.sync import AsyncToSync, ThreadSensitiveContext
 from django.core.cache import caches, close_caches
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
@@ -40,7 +40,7 @@ from scoped.receivers import (
     note_failure,
     open_foreign,
 )
-from scoped.scopes import RequestScope, current, lifespan_scope, outlast
+from scoped.scopes import RequestScope, current, hop, lifespan_scope, outlast
 from scoped.threads import LentThread, end_idle
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
@@ -116,6 +116,7 @@ class _Exchange:
         self.response: Any = None  # Django's, of which much is private
         self.cancelled = False
         self.client_gone = False
+        self.sent = 0  # messages
         self.sent_last = False  # the response's last message is with the server
         self.finishing = False
         self.stray: BaseException | None = None  # what a message that must not come led to
@@ -246,6 +247,11 @@ class _Exchange:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.sent_last = True
         await self.send(message)
+        self.sent += 1
+        if self.sent % 64 == 0:
+            # Once the client has gone, the send() of most servers does not suspend. A stream that
+            # does not either would never let us hear of it, nor let anybody else run.
+            await asyncio.sleep(0)
 
     async def finish(
         self, request_scope: RequestScope | None, failure: BaseException | None
@@ -267,7 +273,7 @@ class _Exchange:
         gone = isinstance(failure, asyncio.CancelledError)
         if self.thread.is_busy if self.thread is not None else gone:
             # A sync view runs on in its thread: do not tear down under it.
-            await self.attempt(sync_to_async(_nothing)())
+            await self.attempt(hop(_nothing))
         sync_receivers, async_receivers = live_receivers(request_finished, type(self.handler))
         if self.response is not None:
             await self.attempt(_close_stream(self.response))
@@ -278,7 +284,7 @@ class _Exchange:
         if request_scope is not None:
             await self.attempt(close(request_scope))
         if self.needs_thread(sync_receivers):
-            await self.attempt(sync_to_async(self.call_sync)(sync_receivers))
+            await self.attempt(hop(partial(self.call_sync, sync_receivers)))
         elif self.response is not None:
             _run_closers(self.response)
         if self.client_gone and isinstance(failure, asyncio.CancelledError):

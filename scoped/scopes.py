@@ -136,6 +136,32 @@ def _set_done(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
+async def hop(work: Callable[[], None]) -> None:
+    """
+    Run it in the thread for sync code; and see to it that it is run, though this
+    task is cancelled, or a cancelled ``async_to_sync()`` has left its executor,
+    which has ended, behind in the Context.
+    """
+    begun, cancellation = False, None
+
+    def run() -> None:
+        nonlocal begun
+        begun = True
+        work()
+
+    while not begun:
+        try:
+            await sync_to_async(run)()
+        except asyncio.CancelledError as error:
+            cancellation = error  # asgiref drops what the thread has not got to
+        except RuntimeError:
+            if begun or getattr(AsyncToSync.executors, "current", None) is None:
+                raise
+            AsyncToSync.executors.current = None
+    if cancellation is not None:
+        raise cancellation
+
+
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine that is known not to suspend: one body serves sync and async callers."""
     try:
@@ -790,28 +816,10 @@ class Scope:
                 holder.verdict.set_result(failure)
             await self._finish_elsewhere(resource, holder.task)
         else:
-            context, begun = holder.context, False
+            context = holder.context
 
             def finish() -> None:
-                nonlocal begun
-                begun = True
                 context.run(resource.factory.finish, generator, failure)
-
-            async def hop() -> None:
-                cancellation = None
-                while not begun:
-                    try:
-                        await sync_to_async(finish)()
-                    except asyncio.CancelledError as error:
-                        cancellation = error  # asgiref drops what the thread has not got to
-                    except RuntimeError:
-                        if begun or getattr(AsyncToSync.executors, "current", None) is None:
-                            raise
-                        # Cancelled, async_to_sync() leaves its executor, which has ended, behind
-                        # in the Context; this task's own is a copy.
-                        AsyncToSync.executors.current = None
-                if cancellation is not None:
-                    raise cancellation
 
             if self._sync_only or holder.thread == get_ident():
                 finish()
@@ -819,7 +827,7 @@ class Scope:
                 # In a task, as asgiref drops what is cancelled before the thread gets to it. In
                 # time, as nothing ends a thread that hangs.
                 await self._finish_elsewhere(
-                    resource, asyncio.create_task(hop()), self.teardown_timeout
+                    resource, asyncio.create_task(hop(finish)), self.teardown_timeout
                 )
 
     async def _finish_elsewhere(
@@ -1098,6 +1106,20 @@ class LifespanScope(Scope):
             atexit.register(lambda: run_without_loop(self.close()))
         else:
             self._in_loop(self._wait_for_the_end)
+            atexit.register(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        """
+        daphne stops the event loop without a word to its tasks. Run it on, for the
+        requests that were cancelled and for what the lifespan holds.
+        """
+        loop, waiting = self.loop, self.owner
+        assert loop is not None
+        if waiting is None or waiting.done() or loop.is_closed() or loop.is_running():
+            return
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(waiting)
 
     def _wait_for_the_end(self) -> None:
         self.owner = self._context().run(asyncio.create_task, self._close_at_end())
@@ -1109,6 +1131,7 @@ class LifespanScope(Scope):
             await self.release()
 
     async def _closed(self) -> None:
+        atexit.unregister(self._close_at_exit)
         with _lifespans_lock:
             _forget(self)
 

@@ -151,6 +151,18 @@ def stream_of(*steps):
     return view
 
 
+async def endless(request):
+    async def body():
+        try:
+            await db()
+            while True:
+                yield b"x"
+        finally:
+            log.append("stream closed")
+
+    return StreamingHttpResponse(body())
+
+
 async def fails_in_set_up(request):
     await broken()
 
@@ -194,6 +206,7 @@ urlpatterns = [
     path("stream-raises", stream_of("a", "raise")),
     path("stream-hangs", stream_of("a", "hang")),
     path("set-up-hangs", fails_in_set_up),
+    path("endless", endless),
     path("slow-teardown", slow_teardown),
 ]
 
@@ -394,6 +407,17 @@ async def test_the_client_goes_while_a_chunk_is_being_sent(handler, finished):
     await task
     assert log == ["set up", "stream closed", "CancelledError", "torn down"]
     assert finished == ["set in the stream"]
+
+
+async def test_the_client_goes_while_a_stream_that_awaits_nothing_runs_on(handler, finished):
+    connection = Connection(handler, "/endless")
+    task = connection.start()
+    while len(connection.sent) < 100:  # gets its turn, though nothing there ever suspends
+        await asyncio.sleep(0)
+    connection.disconnect()
+    await task
+    assert log == ["set up", "stream closed", "CancelledError", "torn down"]
+    assert len(finished) == 1
 
 
 async def test_a_stream_that_nobody_iterates(handler, finished):
