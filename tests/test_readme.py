@@ -18,8 +18,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
-FILES = {match[1]: text for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))}
-OTHERS = [text for text in PYTHON if text not in FILES.values()]
+NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))]
+# Two blocks of one name are one file.
+FILES = {name: "\n".join(text for other, text in NAMED if other == name) for name, _ in NAMED}
+OTHERS = [text for text in PYTHON if text not in [text for _, text in NAMED]]
 
 
 @pytest.fixture

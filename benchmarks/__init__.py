@@ -1,0 +1,10 @@
+"""
+``python -m benchmarks``: what ``scoped`` costs, beside hand-written code, stock
+Django and other libraries, in one run. Writes ``docs/benchmarks.md`` and its
+charts. ``--quick`` finishes in a minute.
+
+``work`` says what is built, ``contenders`` and ``peers`` who builds it, ``check``
+that all of them built the same; ``project`` and ``worker`` are the web
+applications and the processes that serve them; ``measure`` and ``report`` do as
+they are called.
+"""

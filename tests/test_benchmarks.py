@@ -1,0 +1,120 @@
+"""The benchmarks' own code: that contenders are checked, and what is written. Nothing is timed."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import work
+from benchmarks.check import WORKS, check
+from benchmarks.contenders import Contender, async_exit_stack, by_hand, ours
+from benchmarks.measure import Outcome, interleave, ratios
+from benchmarks.memory import bytes_per_scope
+from benchmarks.report import Machine, Question, write
+
+
+@pytest.mark.parametrize("make", [by_hand, ours])
+async def test_contenders_do_the_work(make):
+    assert await check(make()) == {}
+
+
+async def test_the_unit_does_all_but_look_up():
+    assert list(await check(async_exit_stack())) == ["cached"]
+
+
+async def test_a_contender_that_tears_down_in_another_order_is_found_out():
+    async def chain(n, uses):
+        values = await ours().chain(n, uses)
+        work.log[-1], work.log[-2] = work.log[-2], work.log[-1]
+        return values
+
+    failures = await check(replace(ours(), chain=chain))
+    assert failures == {"chain": "did +a+b+c+d+e-e-d-c-a-b in place of +a+b+c+d+e-e-d-c-b-a"}
+
+
+async def test_a_contender_that_shares_an_object_between_scopes_is_found_out():
+    shared = work.A()
+
+    @asynccontextmanager
+    async def scope():
+        work.log.append("+a")
+        yield shared
+        work.log.append("-a")
+
+    async def hold(held: list[work.Part], release: asyncio.Event) -> None:
+        async with scope() as value:
+            held.append(value)
+            await release.wait()
+
+    assert await check(replace(ours(), hold=hold)) == {"hold": "two scopes had one object"}
+
+
+async def test_every_contender_meets_in_every_repetition():
+    log = []
+
+    def contender(name):
+        async def figure():
+            log.append(name)
+            return float(len(log))
+
+        return figure
+
+    figures = await interleave({name: contender(name) for name in "xyz"}, repetitions=2)
+    assert [sorted(log[at : at + 3]) for at in (0, 3, 6)] == [["x", "y", "z"]] * 3
+    assert sorted(one for each in figures.values() for one in each) == [4, 5, 6, 7, 8, 9]
+
+
+def test_ratios_are_of_figures_of_the_same_repetition():
+    found = ratios({"scoped": [2, 40, 6], "stock": [1, 10, 2]}, "stock")
+    assert found == {"scoped": Outcome(2.5, 3, 3.5), "stock": Outcome(1, 1, 1)}
+
+
+async def test_memory_is_measured_of_scopes_that_are_open():
+    async def hold(held: list[work.Part], release: asyncio.Event) -> None: ...
+
+    with pytest.raises(RuntimeError, match=r"^lazy has opened 0 of 1000 scopes$"):
+        await bytes_per_scope(replace(ours(), name="lazy", hold=hold))
+
+
+def question(measure: str = "time", goal: float = 1.5, **kwargs) -> Question:
+    figures = {"scoped": [2e-6, 4e-6], "AsyncExitStack": [2e-6, 2e-6], "a<b": [8e-6, 8e-6]}
+    return Question(
+        f"made-up-{measure}",
+        "A made-up question",
+        "AsyncExitStack",
+        measure,
+        {name: Outcome.of(each) for name, each in figures.items()},
+        ratios(figures, "AsyncExitStack"),
+        goal,
+        absent={"lazy": "it cannot"},
+        **kwargs,
+    )
+
+
+def test_the_page_says_what_was_measured(tmp_path):
+    machine = Machine("an abacus, 1 CPU", "Linux", "CPython 3.13", {"Django": "6.1"})
+    questions = [question(), question("rate"), question("bytes", goal=1.4)]
+    write(tmp_path, questions, machine, "With care.", "Measured at night.")
+
+    page = (tmp_path / "benchmarks.md").read_text()
+    title, ours = "| A made-up question |", "| 4.00 (a<b) | 1.50 |"
+    assert f"{title} time, x AsyncExitStack {ours} at most 1.5 | met |" in page
+    assert f"{title} requests/s, x AsyncExitStack {ours} at least 1.5 | met |" in page
+    assert f"{title} bytes, x AsyncExitStack {ours} at most 1.4 | **missed** |" in page
+    assert "| scoped | 3 us | 2.5 us to 3.5 us | 1.50 | 1.25 to 1.75 |" in page
+    assert "| lazy | - |  | - |  |" in page
+    assert "- lazy: it cannot.\n" in page
+    assert "an abacus, 1 CPU; Linux; CPython 3.13. Measured at night." in page
+
+    for name in ("time", "rate", "bytes"):
+        chart = f"benchmarks-made-up-{name}.svg"
+        assert f"]({chart})" in page
+        root = ElementTree.fromstring((tmp_path / chart).read_text())  # noqa: S314
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "prefers-color-scheme: dark" in ElementTree.tostring(root, "unicode")
+
+
+def test_a_contender_names_all_kinds_of_work():
+    assert set(WORKS) <= set(Contender.__dataclass_fields__)
