@@ -1,10 +1,15 @@
 import os
+import signal
 from collections.abc import Iterator
 
 import django
 import pytest
 
 from demo.servers import postgres, redis
+
+# A shell that runs the tests in the background has them, and so the servers they start, ignore
+# Ctrl-C, which some of those are to be ended with.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
 django.setup()

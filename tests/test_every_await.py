@@ -96,8 +96,15 @@ async def broken() -> AsyncIterator[str]:
 
 
 async def async_view(request: Any) -> HttpResponse:
-    await user()
-    await tick()
+    try:
+        await user()
+        await tick()
+    except asyncio.CancelledError:
+        log.append("view cancelled")
+        for _ in range(4):
+            await tick()
+        log.append("view cleaned up")
+        raise
     return HttpResponse("ok")
 
 
@@ -109,6 +116,7 @@ def sync_view(request: Any) -> HttpResponse:
 
 async def children_view(request: Any) -> HttpResponse:
     first = asyncio.create_task(db())
+    first.add_done_callback(lambda task: task.cancelled() or task.exception())
     await asyncio.gather(user(), user(), broken())
     await first
     return HttpResponse("ok")
@@ -306,6 +314,42 @@ async def test_a_request_with_sync_middleware_ends_well(kind: str, signals: list
         await attack_each_await(kind, "/mixed", signals)
 
 
+async def test_the_teardowns_of_a_cancelled_request_may_use_task_groups() -> None:
+    """A group leaves alone who was cancelled before it; so the request must not seem to be."""
+    reached = asyncio.Event()
+
+    async def fail() -> None:
+        raise ValueError
+
+    @request_scoped
+    async def group() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(fail())
+            except* ValueError:
+                log.append("handled")
+            await tick()
+            log.append("torn down")
+
+    async def view(request: Any) -> HttpResponse:
+        await group()
+        reached.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    log.clear()
+    with override_settings(ROOT_URLCONF=type("urls", (), {"urlpatterns": [path("", view)]})):
+        task = Connection(ScopedASGIHandler()).start()
+        await asyncio.wait_for(reached.wait(), DEADLINE)
+        task.cancel()
+        await asyncio.wait([task], timeout=DEADLINE)
+    assert task.cancelled()
+    assert log == ["handled", "torn down"]
+
+
 @ON_ATTACKS
 @pytest.mark.usefixtures("sync_receivers")
 async def test_a_request_with_sync_receivers_ends_well(kind: str, signals: list[str]) -> None:
@@ -323,7 +367,6 @@ async def attack_each_await(
         check(attack)
         points += 1
     assert points > 15  # else it has not reached what it is to reach
-    print(where, kind, points)
 
 
 async def attack_request(attack: Attack, where: str, signals: list[str]) -> bool:
@@ -340,6 +383,8 @@ async def attack_request(attack: Attack, where: str, signals: list[str]) -> bool
             check_end(attack, task)
             assert signals.count("started") <= signals.count("finished") <= 1, str(attack)
             assert "finished" in signals or not log, str(attack)
+            if attack.kind != "the task itself":  # one cancellation comes to the view, no second
+                assert log.count("view cancelled") == log.count("view cleaned up"), str(attack)
             if "+db" in log and where == "/stream":
                 assert log.index("stream closed") < log.index("-db"), str(attack)
             after = Connection(handler, "/async")  # what came before has broken nothing

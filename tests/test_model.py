@@ -1,7 +1,7 @@
 """
 Promises 1 to 11 against a model: random trees of resources, random askers,
-random cancellations. Each factory keeps an ``Attempt``, each scope a ``Record``;
-the promises are then statements about these, in ``Run.check``.
+random cancellations. Each run of a factory leaves an ``Attempt``; the promises are
+statements about these, checked by ``Run``, some as it goes and some at the end.
 
 ``HYPOTHESIS_PROFILE=long`` takes new examples, for about a minute, and prints
 how to have a failing one again. The everyday profile takes the same ones always.
@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext, sync_to_async
+from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ from tests.lockstep import Hang, Lockstep, observe, tick
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "everyday")
 SETTINGS = settings(
-    max_examples=int(os.environ.get("N", "0")) or (6000 if PROFILE == "long" else 500),
+    max_examples=4000 if PROFILE == "long" else 250,
     derandomize=PROFILE != "long",
     # Of a mutation it is enough to know that it is caught: tests/mutations.py.
     phases=[Phase.generate] if PROFILE == "mutation" else [Phase.generate, Phase.shrink],
@@ -232,6 +232,7 @@ class Run(logging.Handler):
         self.seen = seen
         self.clock = 0
         self.attempts: list[Attempt] = []
+        self.asked: set[int] = set()
         self.given: dict[tuple[Scope, int], Attempt] = {}
         self.failures: dict[Scope, BaseException | None] = {}  # that the bodies ended with
         self.raised: set[BaseException] = set()  # by scopes
@@ -353,11 +354,12 @@ class Run(logging.Handler):
         self.expect(
             all(other.ended and not other.is_up for other in before), "two of", attempt, before
         )
+        wanted = any(number in self.reach[asked] for asked in self.asked)
+        self.expect(wanted, "nobody has asked for", attempt)
         self.expect(scope.is_open, "begun when its scope had closed", attempt)
         self.expect(isinstance(scope, LifespanScope) is recipe.lifespan, "whose?", attempt)
         self.attempts.append(attempt)
-        if len(before) >= recipe.fails:
-            self.seen["tried again"] += bool(before)
+        self.seen["tried again"] += bool(before)
         return attempt
 
     def fail(self, attempt: Attempt) -> None:
@@ -482,6 +484,7 @@ class Run(logging.Handler):
         return value
 
     def asking(self, number: int) -> tuple[int, Scope, int]:
+        self.asked.add(number)
         scope = current.get()
         assert scope is not None
         return number, scope, self.now()
@@ -629,7 +632,9 @@ class Run(logging.Handler):
         lost = cancelled and task not in self.excused
         self.expect(not lost, "a cancellation was swallowed by", scope, repr(result))
         mine = [attempt for attempt in self.attempts if attempt.scope is scope and not attempt.late]
-        errors = {attempt.teardown_error for attempt in mine} - {None}
+        # Who cancels the library's task that waits for a thread hears no more of that one.
+        sure = [attempt for attempt in mine if attempt.recipe.is_async or not self.disturbed]
+        errors = {attempt.teardown_error for attempt in sure} - {None}
         found = leaves(result) if isinstance(result, TeardownError) else []
         self.expect(errors <= set(found), "not raised:", errors, "but", repr(result))
         odd = [error for error in found if not isinstance(error, PlannedError | TimeoutError)]
@@ -679,7 +684,9 @@ class Run(logging.Handler):
                 last = attempt.is_down or attempt.ended
                 self.expect(last < used.downs[0], "torn down while in use:", used, "by", attempt)
         if (error := attempt.teardown_error) is not None:
-            self.expect(error in self.raised or error in self.logged, "hidden:", repr(error))
+            unheard = self.disturbed and not attempt.recipe.is_async
+            known = error in self.raised or error in self.logged
+            self.expect(known or unheard, "hidden:", repr(error))
 
     # The run
 
@@ -689,7 +696,7 @@ class Run(logging.Handler):
                 ours = coroutine.cr_code.co_filename == __file__
                 if cancel.owner:
                     self.cancel(self.owners[0], cancel.delay, True)
-                elif coroutine.cr_code is not SyncToAsync.__call__.__code__:  # drops its work
+                else:
                     self.cancel(asyncio.current_task(), cancel.delay, ours)
         self.suspensions += 1
 
@@ -743,7 +750,13 @@ def run(program: Program, seen: Counter[str]) -> None:
     assert not this.complaints, "\n".join(this.complaints)
 
 
-@pytest.mark.timeout(600)
+USUAL = [
+    *("cancelled", "circle", "closed", "failed", "lifetimes"),
+    *("teardown failed", "timed out", "tried again"),
+]
+
+
+@pytest.mark.timeout(900)
 def test_whatever_is_asked_for_and_cancelled_the_promises_hold() -> None:
     seen: Counter[str] = Counter()
 
@@ -754,4 +767,5 @@ def test_whatever_is_asked_for_and_cancelled_the_promises_hold() -> None:
         run(program, seen)
 
     holds()
-    print(seen)
+    # What never came has not been tested.
+    assert min(seen[what] for what in USUAL) > 0, seen

@@ -136,10 +136,10 @@ class Soak:
         chances = dice(self.options.seed, "end")
         findings = Findings()  # of no interest: whether an answer is cut is up to the server
         visits = [
-            asyncio.create_task(Visitor(self.url, chances, findings).visit())
-            for _ in range(self.options.concurrency)
+            asyncio.create_task(Visitor(self.url, chances, findings).visit(manner))
+            for manner in ["stalls", "", "", "", ""] * max(1, self.options.concurrency // 5)
         ]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.3)  # so that some have begun, and few have ended
         try:
             await asyncio.to_thread(self.server.stop, signal.SIGTERM, REST)
             kept, violations = json.loads(self.server.wait_for(r"^LEDGER (.*)")[1])

@@ -22,6 +22,8 @@ STEPS = [
 # Those in which a cancellation is not lost: by redis-py on Python 3.11 (asyncio.wait_for), and by
 # asgiref in a thread.
 HEEDFUL = ["db", "write", "children", "cancelled_child", "timeout", "straggler", "sleep"]
+# How a visit goes, and how often. Besides there is "stalls": to read nothing, and not to leave.
+MANNERS = (["stays", "leaves", "half a body", "slow", "pipelines"], [70, 14, 3, 8, 5])
 FLAKY = ["flaky", "bad_setup", "bad_teardown"]
 
 
@@ -134,8 +136,11 @@ class Visitor:
     def wish(self, manner: str) -> tuple[str, str, str]:
         """A program for the site: its path and query, its token, and how it is to end."""
         random = self.random
-        kind = random.choice(["async", "async", "sync", "stream"])
+        stalls = manner == "stalls"
+        kind = "stream" if stalls else random.choice(["async", "async", "sync", "stream"])
         steps = random.choices(STEPS, k=random.randrange(1, 5))
+        if stalls:
+            steps = ["sleep"] * 5
         if steps.count("write") > 1:
             steps = ["write"]
         if random.random() < 0.3:
@@ -144,14 +149,13 @@ class Visitor:
             steps = [step for step in steps if step in HEEDFUL] + ["hang"]
         endings = ["fine"] * 6 + ["raise"] * 2 + ["404"] * (kind != "stream")
         end, token = random.choice(endings), str(next(self.tokens))
-        size = random.choice([0, 100, 20_000, 200_000])
+        # What is not read lets the site wait in the middle of a stream.
+        size = 2_000_000 if stalls else random.choice([0, 100, 20_000, 200_000])
         query = f"token={token}&steps={'.'.join(steps)}&end={end}&size={size}"
         return f"/{kind}?{query}", token, end
 
-    async def visit(self) -> None:
-        manner = self.random.choices(
-            ["stays", "leaves", "half a body", "slow", "pipelines"], [70, 14, 3, 8, 5]
-        )[0]
+    async def visit(self, manner: str = "") -> None:
+        manner = manner or self.random.choices(*MANNERS)[0]
         target, token, end = self.wish(manner)
         try:
             async with asyncio.timeout(HANGS):
@@ -161,11 +165,12 @@ class Visitor:
             self.hang_up()
 
     async def spend(self, manner: str, target: str, token: str, end: str) -> str:
-        if manner == "slow" or self.random.random() < 0.1:
+        small = manner in ("slow", "stalls")
+        if small or self.random.random() < 0.1:
             self.hang_up()
         try:
             if self.line is None:
-                self.line = await Line.open(self.url, small=manner == "slow")
+                self.line = await Line.open(self.url, small=small)
             line = self.line
             if manner == "half a body":
                 await line.ask(target, body=1000)
@@ -177,6 +182,8 @@ class Visitor:
                 await line.ask(target)
                 self.findings.endings[self.judge(*await line.answer(), token, end)] += 1
                 token, end = other, its_end
+            if manner == "stalls":
+                await asyncio.sleep(HANGS)
             if manner in ("leaves", "half a body"):
                 await asyncio.sleep(self.random.random() ** 2 / 4)
                 self.hang_up(rudely=self.random.random() < 0.5)

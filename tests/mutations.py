@@ -1,0 +1,350 @@
+"""
+``python -m tests.mutations``: breaks the library in one way after the other, each
+in a copy of the checkout, and reports which test notices it. Fails if one is not
+noticed, or cannot be made any more: then the list must be brought up to date.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The fast ones, those that name what is wrong first.
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
+        *("factories", "threads", "many_threads", "every_await", "model"),
+    )
+]
+# Seconds for all tests under one mutation, of which some make them hang.
+DEADLINE = 240
+
+
+class Edit(NamedTuple):
+    module: str
+    old: str  # occurs once
+    new: str
+
+
+class Mutation(NamedTuple):
+    what: str
+    edits: tuple[Edit, ...]
+
+
+def mutation(what: str, *edits: tuple[str, str, str]) -> Mutation:
+    return Mutation(what, tuple(Edit(*edit) for edit in edits))
+
+
+MUTATIONS = [
+    # The end of a request
+    mutation(
+        "neither the handler nor its receiver closes the scope",
+        ("asgi", "await self.attempt(close(request_scope))", "pass"),
+        ("receivers", "        await close(scope)\n", "        pass\n"),
+    ),
+    mutation(
+        "the handler leaves the closing to its receiver",
+        ("asgi", "await self.attempt(close(request_scope))", "pass"),
+    ),
+    mutation(
+        "request_finished is not sent to async receivers",
+        ("asgi", "await self.attempt(self.call_async(reversed(async_receivers)))", "pass"),
+    ),
+    mutation(
+        "async receivers run in tasks of their own",
+        (
+            "dispatch",
+            "response = await receiver(signal=signal, sender=sender, **named)",
+            "response = await __import__('asyncio').create_task("
+            "receiver(signal=signal, sender=sender, **named))",
+        ),
+    ),
+    mutation(
+        "a stream is not closed",
+        ("asgi", "await self.attempt(_close_stream(self.response))", "pass"),
+    ),
+    mutation(
+        "a sync view that runs on is not waited for",
+        ("asgi", "await self.attempt(hop(_nothing))", "pass"),
+    ),
+    mutation(
+        "a thread is lent again while a sync view runs on in it",
+        ("threads", "        if self.is_busy:\n", "        if False:\n"),
+    ),
+    mutation(
+        "the response's closers are not run",
+        ("asgi", "for closer in response._resource_closers:", "for closer in ():"),
+    ),
+    mutation(
+        "the view's failure is not noted",
+        ("asgi", "        note_failure(exception)\n", ""),
+    ),
+    # Cancellation
+    mutation(
+        "the request is never uncancelled",
+        ("asgi", "            task.uncancel()  # so that", "            break  # so that"),
+    ),
+    mutation(
+        "a server's cancellation is swallowed",
+        ("asgi", "raise_first([cancellation, failure])", "return"),
+    ),
+    mutation(
+        "the request is cancelled though it is finishing",
+        (
+            "asgi",
+            "if not self.cancelled and not self.finishing:",
+            "if not self.cancelled:",
+        ),
+    ),
+    mutation(
+        "the request is cancelled again and again",
+        ("asgi", "if not self.cancelled and not self.finishing:", "if not self.finishing:"),
+    ),
+    mutation(
+        "the view is not told that its client has gone",
+        ("asgi", "                self.client_gone = True\n", "                return\n"),
+    ),
+    mutation(
+        "a cancelled scope does not say so",
+        ("scopes", "                raise fatal\n", "                return\n"),
+    ),
+    mutation(
+        "who waits for something to end is cancelled at once",
+        (
+            "scopes",
+            "                cancellation = error\n            finally:\n",
+            "                return error\n            finally:\n",
+        ),
+    ),
+    mutation(
+        "a hop to the thread is dropped when it is cancelled",
+        ("scopes", "    while not begun:\n", "    for _ in range(1):\n"),
+    ),
+    # Teardown
+    mutation(
+        "an error ends the teardown",
+        ("scopes", "        while self.values:\n", "        while self.values and not errors:\n"),
+    ),
+    mutation(
+        "what was set up first is torn down first",
+        (
+            "scopes",
+            "resource = self.values.popitem()[0]",
+            "self.values.pop(resource := next(iter(self.values)))",
+        ),
+    ),
+    mutation(
+        "async factories are not told of the failure",
+        ("factories", "await generator.athrow(failure)", "await generator.__anext__()"),
+    ),
+    mutation(
+        "sync factories are not told of the failure",
+        ("factories", "generator.throw(failure)", "next(generator)"),
+    ),
+    mutation(
+        "a teardown may hang",
+        ("scopes", "                teardown.expire()\n", "                pass\n"),
+    ),
+    mutation(
+        "errors of teardowns are not raised",
+        ("scopes", "                raise TeardownError(self, errors)\n", "                pass\n"),
+    ),
+    mutation(
+        "set-ups under way are not stopped",
+        ("scopes", "await self._stop_set_ups() if self._pending else None", "None"),
+    ),
+    mutation(
+        "what is set up too late is never torn down",
+        (
+            "scopes",
+            "await self._finish_in_time(resource, generator, self.failure)",
+            "pass",
+        ),
+    ),
+    mutation(
+        "a closed scope keeps what ended it",
+        (
+            "scopes",
+            "self.failure = failure = self.owner = self._closer = None",
+            "failure = None",
+        ),
+    ),
+    mutation(
+        "a closed scope sets up all the same",
+        (
+            "scopes",
+            'if self._state != "open" and not (self._state == "closing" and resource in '
+            "self.values):",
+            "if False:",
+        ),
+    ),
+    # First use
+    mutation(
+        "no keeper: factories run wherever they are asked for",
+        (
+            "scopes",
+            "            owner is not None\n"
+            "            and owner is asyncio.current_task(self.loop)\n"
+            "            and self.owns_set_ups\n",
+            "            self.owns_set_ups\n",
+        ),
+    ),
+    mutation(
+        "who asks while it is set up is not told when it is",
+        ("scopes", "                    waiter.set_result(error)\n", "                    pass\n"),
+    ),
+    mutation(
+        "those who wait are cancelled with the one who asked first",
+        ("scopes", "(first or isinstance(error, Exception))", "(True)"),
+    ),
+    mutation(
+        "a set-up goes on though nobody wants it",
+        (
+            "scopes",
+            "                set_up.keeper.cancel()  # nobody",
+            "                pass  # nobody",
+        ),
+    ),
+    mutation(
+        "circles are not looked for",
+        ("scopes", "if circle := _way(other, self, set()):", "if circle := None:"),
+    ),
+    mutation(
+        "threads do not wait for each other's set-ups",
+        (
+            "scopes",
+            "other = self._pending.setdefault(resource, set_up)",
+            "other = self._pending[resource] = set_up",
+        ),
+    ),
+    # Isolation
+    mutation(
+        "a request takes over the open scope around it",
+        (
+            "receivers",
+            '    RequestScope(_name(scope["method"], scope["path"])).open(served=True)\n',
+            "    if current.get() is None:\n"
+            '        RequestScope(_name(scope["method"], scope["path"])).open(served=True)\n',
+        ),
+    ),
+    mutation(
+        "the scope around another is not current again",
+        (
+            "scopes",
+            "current.set(previous if previous is not None and previous.is_open else None)",
+            "current.set(None)",
+        ),
+    ),
+    mutation(
+        "a lifespan resource is set up in the Context of the first request",
+        ("scopes", "return self._base.copy()", "return copy_context()"),
+    ),
+    mutation(
+        "shutdown does not wait for open requests",
+        ("scopes", "cancellation = await self._requests_ended()", "cancellation = None"),
+    ),
+    mutation(
+        "a lifespan resource may ask for a request's",
+        (
+            "scopes",
+            "            raise LifetimeError(asker.resource, resource)\n",
+            "            return asker\n",
+        ),
+    ),
+]
+
+
+def copy(to: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("scoped", "tests", "demo"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def apply(mutation: Mutation, to: Path) -> None:
+    for edit in mutation.edits:
+        path = to / "scoped" / f"{edit.module}.py"
+        source = path.read_text()
+        if (count := source.count(edit.old)) != 1:
+            sys.exit(f"{mutation.what!r}: {count} times in {edit.module}.py, not once: {edit.old}")
+        path.write_text(source.replace(edit.old, edit.new))
+
+
+def run_tests(directory: Path, tests: list[str]) -> str | None:
+    """The first test that fails, or None."""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "pytest", "-x", "-q", "--tb=no"]
+    command += ["-p", "no:randomly", "-p", "no:cacheprovider", "--timeout=20", *tests]
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "mutation"}
+    environment.pop("PYTHONPATH", None)  # `-m` puts the copy first
+    process = subprocess.Popen(
+        command,
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=DEADLINE)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return f"(hangs for {DEADLINE} s)"
+    if process.returncode == 0:
+        return None
+    if failed := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", output, re.MULTILINE):
+        return failed[1].removeprefix("tests/")
+    return f"(exit code {process.returncode}) {output.strip().splitlines()[-1:]}"
+
+
+def check(mutation: Mutation, tests: list[str]) -> tuple[Mutation, str | None, float]:
+    with tempfile.TemporaryDirectory(prefix="scoped-mutation-") as name:
+        directory = Path(name)
+        copy(directory)
+        apply(mutation, directory)
+        start = time.monotonic()
+        return mutation, run_tests(directory, tests), time.monotonic() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="mutations whose description contains this")
+    parser.add_argument("tests", nargs="*", default=TESTS)
+    options = parser.parse_args()
+
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.what]
+    with tempfile.TemporaryDirectory(prefix="scoped-mutation-") as name:
+        for number, one in enumerate(chosen):  # before the first minute is spent
+            directory = Path(name, str(number))
+            shutil.copytree(ROOT / "scoped", directory / "scoped")
+            apply(one, directory)
+    _, failed, seconds = check(mutation("nothing"), options.tests)
+    if failed is not None:
+        sys.exit(f"Without any mutation this fails: {failed}")
+    print(f"Without any mutation the tests pass, in {seconds:.0f} s.\n")
+
+    survivors = 0
+    print(f"| {'Mutation':66} | Caught by | Seconds |\n|---|---|---|")
+    with ThreadPoolExecutor(options.processes) as workers:
+        for one, failed, seconds in workers.map(lambda one: check(one, options.tests), chosen):
+            survivors += failed is None
+            print(f"| {one.what:66} | {failed or 'SURVIVES'} | {seconds:.0f} |", flush=True)
+    print(f"\n{len(chosen)} mutations, {len(chosen) - survivors} caught, {survivors} survive.")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
