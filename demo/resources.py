@@ -32,7 +32,7 @@ async def pool() -> "AsyncIterator[asyncpg.Pool[asyncpg.Record]]":
 
 @request_scoped
 async def db() -> "AsyncIterator[PoolConnectionProxy[asyncpg.Record]]":
-    async with (await pool()).acquire() as connection:
+    async with (await pool()).acquire(timeout=10) as connection:
         yield connection
 
 

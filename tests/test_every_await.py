@@ -376,7 +376,7 @@ async def attack_request(attack: Attack, where: str, signals: list[str]) -> bool
     with override_settings(ROOT_URLCONF=__name__):
         handler = ScopedASGIHandler()
         async with server(handler):
-            connection = Connection(handler, where)
+            connection = Connection(handler, where, before_send=lambda *_: tick())
             attack.disconnect = connection.disconnect
             task = await run_under(attack, connection.run())
             assert not held(OF_REQUEST), str(attack)

@@ -222,7 +222,8 @@ class Unavailable:
         return await self.get_response(request)
 
     async def process_exception(self, request, error):
-        if isinstance(error, FAILURES):
+        # uvloop raises a RuntimeError for what is written to a connection that is just lost.
+        if isinstance(error, FAILURES) or "the handler is closed" in str(error):
             return HttpResponse(f"{type(error).__name__}: {error}", status=503)
         return None
 

@@ -5,9 +5,11 @@ is lost.
 """
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -79,9 +81,8 @@ async def test_a_terminated_backend_fails_its_own_request_and_no_other(site, whe
     await eventually(terminated)
     await site.get("/open-gate", gate="struck")
     status, text = await struck
-    assert status == 503
-    # asyncpg's words, of a statement that was running, and of one that came later
-    assert "connection" in text
+    assert (status, text) == (503, ANY)
+    assert re.search("connection|closed", text)  # in the driver's words
     await site.get("/open-gate", gate="bystander")
     assert (await bystander)[0] == 200
     await site.recovers()
