@@ -525,7 +525,10 @@ class Scope:
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
         """What is set up only after the scope has begun to close is torn down at once."""
         if generator is not None:
-            await self._finish_in_time(resource, generator, self.failure)
+            try:
+                await self._finish_in_time(resource, generator, self.failure)
+            except Exception as error:
+                self._log(error)  # perhaps nobody waits any more to be told
         raise ScopeClosedError(resource, self)
 
     def _hand_to_keeper(self, set_up: _SetUp) -> None:
