@@ -16,8 +16,9 @@ from scoped.exceptions import (
     ScopedError,
     TeardownError,
 )
+from scoped.lifespans import lifespan_scope
+from scoped.requests import current_scope, request_scope
 from scoped.resources import lifespan_scoped, request_scoped
-from scoped.scopes import current_scope, lifespan_scope, request_scope
 
 __all__ = [
     "AsyncResourceError",

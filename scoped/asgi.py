@@ -33,6 +33,7 @@ from scoped.dispatch import (
     log_errors,
     raise_first,
 )
+from scoped.lifespans import lifespan_scope
 from scoped.receivers import (
     close,
     close_foreign,
@@ -40,8 +41,10 @@ from scoped.receivers import (
     note_failure,
     open_foreign,
 )
-from scoped.scopes import RequestScope, current, hop, lifespan_scope, outlast
+from scoped.requests import RequestScope
+from scoped.scopes import scope_here
 from scoped.threads import LentThread, end_idle
+from scoped.waiting import hop, outlast
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -196,7 +199,7 @@ class _Exchange:
                 self.thread.give_back()
 
     async def run_in_context(self) -> None:
-        around, request_scope = current.get(), None
+        around, request_scope = scope_here(), None
         sync_parent = getattr(AsyncToSync.executors, "current", None)
         failure: BaseException | None = None
         try:
@@ -204,7 +207,7 @@ class _Exchange:
             try:
                 await self.start()
             finally:
-                opened = current.get()
+                opened = scope_here()
                 if opened is not around and isinstance(opened, RequestScope):
                     request_scope = opened  # else a cancellation came before our receiver
             await self.respond()

@@ -9,7 +9,7 @@ import inspect
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from scoped.exceptions import FactoryError
 
@@ -21,9 +21,11 @@ _ONCE = "Yield the value exactly once; what follows the `yield` tears it down."
 @dataclass(frozen=True, slots=True, eq=False)
 class Factory:
     """
-    ``start()`` returns ``(value, generator or None)`` and ``finish(generator,
-    failure)`` tears the value down; both are coroutine functions where
-    ``is_async`` is true.
+    ``start()`` returns ``(generator or None, value)`` and ``finish(generator,
+    failure)`` tears the value down. Where ``is_async`` is true, the value is to be
+    awaited, and StopAsyncIteration then means that the generator has
+    ``never_yielded()``; ``finish`` takes the first step, which is the last of most,
+    and returns what is to be awaited for the rest, or None.
     """
 
     name: str
@@ -83,6 +85,17 @@ class Factory:
     def __str__(self) -> str:
         return _label(self.name, self.declared_at)
 
+    @property
+    def is_generator(self) -> bool:
+        return self.finish is not _nothing_to_finish
+
+    def never_yielded(self) -> FactoryError:
+        return _never_yielded(str(self))
+
+
+def _never_yielded(label: str) -> FactoryError:
+    return FactoryError(label, "ended without a `yield`", _ONCE)
+
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
@@ -135,47 +148,75 @@ def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
 
 def _async_generator(
     label: str, function: Callable[[], AsyncGenerator[Any, None]]
-) -> tuple[Callable[[], Awaitable[Any]], Callable[[Any, BaseException | None], Awaitable[None]]]:
-    async def start() -> tuple[Any, AsyncGenerator[Any, None]]:
+) -> tuple[Callable[[], Any], Callable[[Any, BaseException | None], Awaitable[None] | None]]:
+    def start() -> tuple[AsyncGenerator[Any, None], Awaitable[Any]]:
         generator = function()
-        try:
-            value = await generator.__anext__()
-        except StopAsyncIteration:
-            raise FactoryError(label, "ended without a `yield`", _ONCE) from None
-        return value, generator
+        return generator, generator.__anext__()
 
-    async def finish(generator: AsyncGenerator[Any, None], failure: BaseException | None) -> None:
-        traceback = failure.__traceback__ if failure is not None else None
+    async def throw(generator: AsyncGenerator[Any, None], failure: BaseException) -> None:
+        traceback = failure.__traceback__
         try:
-            if failure is None:
-                await generator.__anext__()
-            else:
-                await generator.athrow(failure)
+            await generator.athrow(failure)
+        except BaseException as error:
+            if not _is_failure(error, failure):
+                raise
+            raise StopAsyncIteration from None
+        finally:
+            # Each throw adds the generator's frames to it.
+            failure.__traceback__ = traceback
+
+    def finish(
+        generator: AsyncGenerator[Any, None], failure: BaseException | None
+    ) -> Awaitable[None] | None:
+        step: Any = generator.__anext__() if failure is None else throw(generator, failure)
+        try:
+            waits_for = step.send(None)
+        except StopAsyncIteration:
+            return None
+        except StopIteration:
+            return refuse(generator)
+        return finish_later(generator, _go_on(step, waits_for))
+
+    async def finish_later(generator: AsyncGenerator[Any, None], step: Awaitable[Any]) -> None:
+        try:
+            await step
         except StopAsyncIteration:
             return
-        except BaseException as error:
-            if _is_failure(error, failure):
-                return
-            raise
-        finally:
-            if failure is not None:
-                # Each throw adds the generator's frames to it.
-                failure.__traceback__ = traceback
+        await refuse(generator)
+
+    async def refuse(generator: AsyncGenerator[Any, None]) -> NoReturn:
         raise FactoryError(label, "yielded more than once", _ONCE) from await _aclose(generator)
 
     return start, finish
 
 
+@types.coroutine
+def _go_on(begun: Any, waits_for: Any) -> Generator[Any, Any, None]:
+    """As ``await begun`` does, after its first step."""
+    while True:
+        try:
+            try:
+                answer = yield waits_for
+            except GeneratorExit:
+                begun.close()
+                raise
+            except BaseException as error:
+                waits_for = begun.throw(error)
+            else:
+                waits_for = begun.send(answer)
+        except StopIteration:
+            return
+
+
 def _generator(
     label: str, function: Callable[[], Generator[Any, None, None]]
 ) -> tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]:
-    def start() -> tuple[Any, Generator[Any, None, None]]:
+    def start() -> tuple[Generator[Any, None, None], Any]:
         generator = function()
         try:
-            value = next(generator)
+            return generator, next(generator)
         except StopIteration:
-            raise FactoryError(label, "ended without a `yield`", _ONCE) from None
-        return value, generator
+            raise _never_yielded(label) from None
 
     def finish(generator: Generator[Any, None, None], failure: BaseException | None) -> None:
         traceback = failure.__traceback__ if failure is not None else None
@@ -205,15 +246,15 @@ def _generator(
 
 def _coroutine_function(
     function: Callable[[], Awaitable[Any]],
-) -> Callable[[], Awaitable[tuple[Any, None]]]:
-    async def start() -> tuple[Any, None]:
-        return await function(), None
+) -> Callable[[], tuple[None, Awaitable[Any]]]:
+    def start() -> tuple[None, Awaitable[Any]]:
+        return None, function()
 
     return start
 
 
-def _function(label: str, function: Callable[[], Any]) -> Callable[[], tuple[Any, None]]:
-    def start() -> tuple[Any, None]:
+def _function(label: str, function: Callable[[], Any]) -> Callable[[], tuple[None, Any]]:
+    def start() -> tuple[None, Any]:
         value = function()
         if isinstance(value, types.CoroutineType):
             value.close()
@@ -222,7 +263,7 @@ def _function(label: str, function: Callable[[], Any]) -> Callable[[], tuple[Any
                 "is a sync function that returned a coroutine",
                 "Write `async def`, and `await` it there.",
             )
-        return value, None
+        return None, value
 
     return start
 

@@ -20,7 +20,9 @@ from django.core.signals import got_request_exception, request_finished, request
 from django.dispatch import Signal
 
 from scoped.exceptions import TeardownError
-from scoped.scopes import RequestScope, current, run_without_loop
+from scoped.requests import RequestScope
+from scoped.scopes import scope_here
+from scoped.waiting import run_without_loop
 
 __all__ = ["connect", "connect_handler", "note_failure"]
 
@@ -71,7 +73,7 @@ async def open_scope(*, scope: dict[str, Any], **kwargs: Any) -> None:
 
 
 async def close_scope(**kwargs: Any) -> None:
-    scope = current.get()
+    scope = scope_here()
     # Not one that is open around this request, as for a request made inside another.
     if isinstance(scope, RequestScope) and scope.owner is asyncio.current_task() and scope.served:
         await close(scope)
@@ -87,7 +89,7 @@ async def close(scope: RequestScope) -> None:
 
 def note_failure(failure: BaseException) -> None:
     """Let the factories of the current request see what it failed with; the first counts."""
-    scope = current.get()
+    scope = scope_here()
     if isinstance(scope, RequestScope) and scope.is_open and scope.failure is None:
         scope.failure = failure
 
@@ -122,7 +124,7 @@ def _is_server(sender: Any) -> bool:
 
 
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:
-    scope = current.get()
+    scope = scope_here()
     # Django's test clients, and the stock handler after a 400, send this without a sender.
     if not isinstance(scope, _ForeignScope) or sender not in (None, scope.opener):
         return

@@ -6,6 +6,8 @@ closure's coroutine, and ``async_to_sync(db)`` works as for any other. Its
 recipe is its attribute ``resource``.
 """
 
+import sys
+from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,9 @@ from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 from scoped.factories import Factory
-from scoped.scopes import Lifetime, current, eager, scope_for
+from scoped.lifespans import eager
+from scoped.requests import scope_for
+from scoped.scopes import Lifetime, current
 
 __all__ = ["AsyncResource", "Resource", "SyncResource", "lifespan_scoped", "request_scoped"]
 
@@ -131,44 +135,69 @@ def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = F
     return access
 
 
-# The hot path, four times because each differs where it must not pay for the others. A value
-# of another event loop's thread is not for here: scope_for() and get() say why.
+# The short way, for a value that is there: four times, because each differs where it must not pay
+# for the others. All else, and what a factory asks for, goes the long way. An async value is for
+# its own event loop only; which one runs is cheaper to learn from the thread before Python 3.12.
+
+_BY_LOOP = sys.version_info >= (3, 12)
+
+_get_current = cast("Callable[[], Any]", current.get)
 
 
 def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = current.get
+    get_current = _get_current
 
     async def access() -> Any:
         scope = get_current()
-        if scope is not None and scope.thread == get_ident():
-            if resource in scope.values:
+        try:
+            if scope.loop is get_running_loop():
                 return scope.values[resource]
-            if scope.sets_up_here(resource):
-                return await scope.set_up_here(resource)
+        except (KeyError, AttributeError):
+            pass
         return await scope_for(resource).get(resource)
 
-    return access
+    async def access_by_thread() -> Any:
+        scope = get_current()
+        try:
+            if scope.thread == get_ident():
+                return scope.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    return access if _BY_LOOP else access_by_thread
 
 
 def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = current.get
+    get_current = _get_current
 
     async def access() -> Any:
-        scope = get_current()
-        lifespan = None if scope is None else scope.lifespan
-        if lifespan is not None and lifespan.thread == get_ident() and resource in lifespan.values:
-            return lifespan.values[resource]
+        try:
+            lifespan = get_current().lifespan
+            if lifespan.loop is get_running_loop():
+                return lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
         return await scope_for(resource).get(resource)
 
-    return access
+    async def access_by_thread() -> Any:
+        try:
+            lifespan = get_current().lifespan
+            if lifespan.thread == get_ident():
+                return lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    return access if _BY_LOOP else access_by_thread
 
 
 def _sync_of_request(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = current.get
+    get_current = _get_current
 
     def access() -> Any:
         try:
-            return cast(Any, get_current()).values[resource]
+            return get_current().values[resource]
         except (KeyError, AttributeError):
             pass
         return scope_for(resource).get_sync(resource)
@@ -177,11 +206,11 @@ def _sync_of_request(resource: Resource[Any]) -> Callable[[], Any]:
 
 
 def _sync_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = current.get
+    get_current = _get_current
 
     def access() -> Any:
         try:
-            return cast(Any, get_current()).lifespan.values[resource]
+            return get_current().lifespan.values[resource]
         except (KeyError, AttributeError):
             pass
         return scope_for(resource).get_sync(resource)

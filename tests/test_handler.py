@@ -28,7 +28,7 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.receivers import close_scope, open_scope
-from scoped.scopes import current
+from scoped.scopes import scope_here
 from tests.connection import Connection
 
 marker = contextvars.ContextVar("marker", default="unset")
@@ -462,7 +462,7 @@ async def test_the_servers_context_stays_clean():
     await get("/plain")
     after = dict(contextvars.copy_context())
     assert after == before
-    assert current.get() is None
+    assert scope_here() is None
 
 
 # Trap 12, 23: threads and sync middleware
@@ -643,7 +643,7 @@ async def test_a_pool_made_in_a_request_copies_nothing_of_the_requests_context()
     async def background():
         async def worker():
             seen["marker"] = marker.get()
-            seen["scope"] = current.get()
+            seen["scope"] = scope_here()
 
         await asyncio.create_task(worker())
         yield

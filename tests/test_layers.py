@@ -14,7 +14,10 @@ PACKAGE = Path(scoped.__file__).parent
 
 # The table under "Words and shape" in the design; those in one line may import each other's line
 # above only.
-CORE = ["exceptions", "factories", "scopes", "resources"]
+CORE = [
+    *("exceptions", "factories", "waiting", "setups", "teardown"),
+    *("scopes", "lifespans", "requests", "resources"),
+]
 DJANGO = ["dispatch", "receivers", "asgi", "threads", "conf", "checks", "apps", "testing"]
 THERE = [name for name in DJANGO if (PACKAGE / f"{name}.py").exists()]  # some are yet to come
 

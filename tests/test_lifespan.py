@@ -18,11 +18,13 @@ from scoped import (
     TeardownError,
     lifespan_scope,
     lifespan_scoped,
+    lifespans,
     request_scope,
     request_scoped,
     scopes,
 )
-from scoped.scopes import LifespanScope, RequestScope
+from scoped.lifespans import LifespanScope
+from scoped.requests import RequestScope
 
 MARK: ContextVar[str] = ContextVar("MARK", default="unset")
 
@@ -41,10 +43,10 @@ def log() -> list[str]:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Eager resources are those of one test, and no test leaves a lifespan behind."""
-    before, scopes.eager[:] = list(scopes.eager), []
+    before, lifespans.eager[:] = list(lifespans.eager), []
     yield
-    scopes.eager[:] = before
-    assert scopes._lifespans == {}
+    lifespans.eager[:] = before
+    assert lifespans.lifespans == {}
 
 
 class TestOnePerEventLoop:
@@ -584,7 +586,7 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            _, keeper = lifespan._finalizers[pool.resource]
+            keeper = lifespan._finalizers[pool.resource]
             assert isinstance(keeper, scopes._Keeper)
             keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
             await settle()
@@ -643,7 +645,7 @@ class TestEager:
             async with lifespan_scope():
                 log.append("started")
         assert log == ["pool saw it"]
-        assert caught.value.__notes__ == [f"while {cache.resource} was set up at start-up"]
+        assert caught.value.__notes__ == [f"while {cache.resource} was set up"]
         assert scopes.current.get() is None
 
     async def test_cancelled_at_start_up_it_closes_what_was_opened(self, log: list[str]) -> None:

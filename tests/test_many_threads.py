@@ -21,10 +21,11 @@ from scoped import (
     ScopeClosedError,
     lifespan_scope,
     lifespan_scoped,
+    lifespans,
     request_scope,
     request_scoped,
+    waiting,
 )
-from scoped import scopes as library
 from scoped.scopes import Scope
 
 THREADS = 8
@@ -193,7 +194,7 @@ def test_a_scope_that_closes_meanwhile_tears_down_what_was_set_up_and_refuses_th
         asked = mixed(resources, turn)
 
         with request_scope() as scope:
-            closing = partial(library.run_without_loop, scope.close())
+            closing = partial(waiting.run_without_loop, scope.close())
             outcomes = at_once(threads, closing, *asked)
         for value, error in outcomes[1:]:
             assert isinstance(value, Thing) or isinstance(error, ScopeClosedError), error
@@ -266,4 +267,4 @@ def test_requests_in_many_threads_share_a_lifespan_that_outlives_each_of_them(
     # may be while the last is still on its way out.
     times = len(set(found))
     assert ledger.log.count("+pool") == ledger.log.count("-pool") == times
-    assert None not in library._lifespans
+    assert None not in lifespans.lifespans

@@ -35,7 +35,9 @@ from scoped import (
     request_scope,
     request_scoped,
 )
-from scoped.scopes import LifespanScope, RequestScope, Scope, current
+from scoped.lifespans import LifespanScope
+from scoped.requests import RequestScope
+from scoped.scopes import Scope, current, scope_here
 from tests.lockstep import Hang, Lockstep, observe, tick
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "everyday")
@@ -345,7 +347,7 @@ class Run(logging.Handler):
         return factory
 
     def begin(self, number: int, recipe: Recipe) -> Attempt:
-        scope = current.get()
+        scope = scope_here()
         assert scope is not None
         attempt = Attempt(recipe, number, scope, self.now(), _running_task())
         before = [
@@ -485,7 +487,7 @@ class Run(logging.Handler):
 
     def asking(self, number: int) -> tuple[int, Scope, int]:
         self.asked.add(number)
-        scope = current.get()
+        scope = scope_here()
         assert scope is not None
         return number, scope, self.now()
 

@@ -24,12 +24,13 @@ from scoped import (
     NoScopeError,
     current_scope,
     lifespan_scoped,
+    lifespans,
     request_scope,
     request_scoped,
-    scopes,
 )
 from scoped.receivers import close_foreign, open_foreign
-from scoped.scopes import current, run_without_loop
+from scoped.scopes import current
+from scoped.waiting import run_without_loop
 from tests.connection import Connection
 
 log: list[str] = []
@@ -177,7 +178,7 @@ def test_the_client_in_a_scope_has_one_of_its_own():
 def _process_ends():
     """WSGI keeps its lifespan until the process ends."""
     yield
-    if lifespan := scopes._lifespans.get(None):
+    if lifespan := lifespans.lifespans.get(None):
         run_without_loop(lifespan.close())
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_layers import CORE
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """\
@@ -160,7 +162,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
     assert len(expected) == 14
 
     def plain(name: str) -> str:
-        return re.sub(r"(?:program|builtins|scoped\.scopes)\.", "", name)
+        return re.sub(r"(?:program|builtins|scoped\.\w+)\.", "", name)
 
     assert {number: plain(name) for number, name in found.items()} == expected
 
@@ -184,7 +186,7 @@ def test_a_wrong_use_is_an_error(checker: str, tmp_path: Path) -> None:
 @CHECKERS
 @pytest.mark.timeout(300)
 def test_the_core_is_clean_in_strict_mode(checker: str, tmp_path: Path) -> None:
-    modules = [f"scoped/{name}.py" for name in ("exceptions", "factories", "scopes", "resources")]
+    modules = [f"scoped/{name}.py" for name in CORE]
     options = (
         ["--strict", "--cache-dir", str(tmp_path / "cache")]
         if checker == "mypy"

@@ -20,7 +20,7 @@ from django.dispatch import Signal
 from django.http.response import HttpResponseBase
 
 from scoped.asgi import Message, ScopedASGIHandler
-from scoped.scopes import outlast
+from scoped.waiting import outlast
 
 __all__ = ["AsyncClientHandler", "ClientHandler"]
 

@@ -1,0 +1,216 @@
+"""
+The lifespan: what lives as long as the server, one for each event loop.
+"""
+
+import asyncio
+import atexit
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any, Self
+
+from scoped.scopes import Lifetime, Scope, current
+from scoped.waiting import current_task, outlast, run_without_loop, running_loop, set_done
+
+if TYPE_CHECKING:
+    from scoped.resources import Resource
+
+__all__ = ["LifespanScope", "eager", "lifespan_scope", "lifespans"]
+
+logger = logging.getLogger("scoped")
+
+# The lifespan of each event loop; under None, that of code without a loop.
+lifespans: dict[asyncio.AbstractEventLoop | None, "LifespanScope"] = {}
+
+# Held while it is decided whether a lifespan is still in use.
+_lock = threading.Lock()
+
+# Resources that are set up as soon as a lifespan opens.
+eager: list["Resource[Any]"] = []
+
+
+class LifespanScope(Scope):
+    """
+    In use as long as somebody holds it (a server, ``lifespan_scope()``) or, where
+    nobody does, as long as requests are open in it.
+    """
+
+    __slots__ = ("_base", "_holders", "_idle", "_requests")
+
+    lifetime = Lifetime.LIFESPAN
+
+    def __init__(self, base: Context) -> None:
+        super().__init__("the lifespan")
+        self._base = base
+        self._holders = 0
+        self._requests: set[Scope] = set()
+        self._idle: asyncio.Future[None] | None = None
+        self.lifespan = self
+        base.run(self._open, running_loop(), current_task())
+        self._previous = None  # nobody leaves it: its Context is its own
+
+    @classmethod
+    def implied_by(cls, request: Scope) -> Self:
+        self = cls(Context())
+        self.owner, self.loop, self.thread = None, request.loop, request.thread
+        self._sync_only = request.loop is None
+        return self
+
+    @classmethod
+    def hold(cls) -> Self:
+        """The lifespan of the running event loop, opened now if need be."""
+        loop = asyncio.get_running_loop()
+        with _lock:
+            self = lifespans.get(loop)
+            if self is None or not self.is_open:
+                self = lifespans[loop] = cls(copy_context())
+            self._holders += 1
+        return self  # type: ignore[return-value]
+
+    async def release(self, failure: BaseException | None = None) -> None:
+        """Undo ``hold()``; the last one closes, when the open requests have ended."""
+        with _lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        await self._close_abandoned(failure)
+
+    async def _close_abandoned(self, failure: BaseException | None) -> None:
+        cancellation = await self._requests_ended()
+        if not self._holders:  # else somebody has taken it over meanwhile
+            await self._end(failure)
+        if cancellation is not None:
+            raise cancellation
+
+    async def _requests_ended(self) -> asyncio.CancelledError | None:
+        with _lock:
+            if not self._requests:
+                return None
+            self._idle = asyncio.get_running_loop().create_future()
+        cancellation = await outlast(self._idle, seconds=self.shutdown_timeout)
+        self._idle = None
+        if self._requests:
+            logger.error(
+                "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
+                len(self._requests),
+                self.shutdown_timeout,
+                ", ".join(sorted(map(str, self._requests))),
+            )
+        return cancellation
+
+    def join(self, request: Scope) -> bool:
+        if self._holders:  # then it does not close just because the last request parts
+            self._requests.add(request)
+            return self.is_open
+        with _lock:
+            if self.is_open:
+                self._requests.add(request)
+            return self.is_open
+
+    async def part(self, request: Scope, *, by_sync_code: bool) -> None:
+        if self._holders and self._idle is None:
+            self._requests.discard(request)
+            return
+        with _lock:
+            self._requests.discard(request)
+            if self._requests:
+                return
+            if not self._holders:
+                _forget(self)
+            idle = self._idle
+        if idle is not None:
+            self._in_loop(set_done, idle)
+        elif not self._holders:
+            if by_sync_code and self.loop is not None:
+                self._in_loop(self._close_later)
+            else:
+                await self.close()
+
+    def _in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
+        if running_loop() is self.loop:
+            callback(*arguments)
+        else:
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(callback, *arguments)
+
+    def _close_later(self) -> None:
+        self._closer = asyncio.create_task(self._close_abandoned(None))
+
+    def stay(self) -> None:
+        """
+        Outlive the requests: the server has no lifespan protocol to say when it
+        ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
+        """
+        self._holders += 1
+        if self.loop is None:
+            atexit.register(lambda: run_without_loop(self.close()))
+        else:
+            self._in_loop(self._wait_for_the_end)
+            atexit.register(self._close_at_exit)
+
+    def _close_at_exit(self) -> None:
+        """
+        daphne stops the event loop without a word to its tasks. Run it on, for the
+        requests that were cancelled and for what the lifespan holds.
+        """
+        loop, waiting = self.loop, self.owner
+        assert loop is not None
+        if waiting is None or waiting.done() or loop.is_closed() or loop.is_running():
+            return
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            loop.run_until_complete(waiting)
+
+    def _wait_for_the_end(self) -> None:
+        self.owner = self._context().run(asyncio.create_task, self._close_at_end())
+
+    async def _close_at_end(self) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await self.release()
+
+    async def _closed(self) -> None:
+        atexit.unregister(self._close_at_exit)
+        with _lock:
+            _forget(self)
+
+    def _context(self) -> Context:
+        return self._base.copy()
+
+
+def _forget(lifespan: LifespanScope) -> None:
+    if lifespans.get(lifespan.loop) is lifespan:
+        del lifespans[lifespan.loop]
+
+
+@asynccontextmanager
+async def lifespan_scope() -> AsyncGenerator[Scope, None]:
+    """
+    Hold the lifespan of the running event loop open: lifespan-scoped resources
+    are kept until the end of the ``async with``, when the requests still open are
+    waited for and all is torn down. Inside another one it is the same lifespan.
+
+    Sets up what is declared with ``eager=True``, and raises what that raises.
+    """
+    scope = LifespanScope.hold()
+    previous = current.get()
+    current.set(scope)
+    failure: BaseException | None = None
+    try:
+        for resource in eager:
+            if resource.factory.is_async:
+                await scope.get(resource)
+            else:
+                scope.get_sync(resource)
+        yield scope
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        if current.get() is scope:
+            current.set(previous)
+        await scope.release(failure)
+        del failure

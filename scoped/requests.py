@@ -1,0 +1,161 @@
+"""
+The request's scope, and which scope a resource's value is found in.
+"""
+
+import asyncio
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from scoped.exceptions import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
+from scoped.lifespans import LifespanScope, lifespans
+from scoped.scopes import Lifetime, Scope, current, scope_here
+from scoped.setups import SetUp
+from scoped.waiting import run_without_loop, running_loop
+
+if TYPE_CHECKING:
+    from scoped.resources import Resource
+
+__all__ = ["RequestScope", "current_scope", "request_scope", "scope_for"]
+
+
+class RequestScope(Scope):
+    __slots__ = ()
+
+    lifetime = Lifetime.REQUEST
+    owns_set_ups = True
+
+    def open(
+        self,
+        *,
+        sync_only: bool = False,
+        served: bool = False,
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Self:
+        running = running_loop()
+        self._open(running, None if running is None else asyncio.current_task(running))
+        self._sync_only = sync_only
+        self.served = served
+        if loop is not None:  # that of the sync code which opens it, and owns it no further
+            self.loop, self.owner, self.thread = loop, None, 0
+        self._find_lifespan()
+        return self
+
+    def _find_lifespan(self) -> None:
+        around = self._previous.scope if isinstance(self._previous, SetUp) else self._previous
+        lifespan = None if around is None else around.lifespan
+        if (
+            lifespan is None
+            or not lifespan.is_open
+            # Sync code may share its caller's; another event loop has one of its own.
+            or (self.loop is not None and lifespan.loop is not self.loop)
+        ):
+            lifespan = lifespans.get(self.loop)
+        if lifespan is not None and lifespan.join(self):
+            self.lifespan = lifespan
+
+    def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
+        """The lifespan of this request; where nobody has opened one, one that ends with it."""
+        while self.lifespan is None:
+            new = LifespanScope.implied_by(self)
+            lifespan = lifespans.setdefault(self.loop, new)
+            if lifespan.join(self):
+                self.lifespan = lifespan
+                if lifespan is new and self.served:
+                    lifespan.stay()
+            elif lifespans.get(self.loop) is lifespan:  # the server shuts down
+                raise ScopeClosedError(resource, lifespan)
+        return self.lifespan
+
+    async def _closed(self) -> None:
+        if self.lifespan is not None:
+            await self.lifespan.part(self, by_sync_code=self._sync_only or self.loop is None)
+
+    async def __aenter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open(task.get_loop(), task)
+        if lifespans:
+            self._find_lifespan()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.lifespan is None and not self.values and not self._pending and self.is_open:
+            self._let_go()
+            self.leave()
+            return
+        try:
+            await self.close(exc)
+        except TeardownError as error:
+            if exc is None or isinstance(exc, Exception):
+                raise
+            self._log(error)
+        finally:
+            self.leave()
+
+    def __enter__(self) -> Self:
+        return self.open(sync_only=True)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            run_without_loop(self._end(exc))
+        finally:
+            self.leave()
+
+
+def scope_for(resource: "Resource[Any]") -> Scope:
+    """The open scope that holds, or is to hold, the resource's value."""
+    here = current.get()
+    scope = here.scope if isinstance(here, SetUp) else here
+    if resource.lifetime is Lifetime.LIFESPAN:
+        return _lifespan_for(resource, scope)
+    if isinstance(scope, RequestScope):
+        return scope
+    if isinstance(here, SetUp):
+        raise LifetimeError(here.resource, resource)
+    raise NoScopeError(resource)
+
+
+def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:
+    if isinstance(scope, RequestScope) and scope.is_open:
+        return scope.need_lifespan(resource)
+    if isinstance(scope, LifespanScope) and scope.is_open:
+        return scope
+    # Code that has outlived a request, or never had one, may use what is there.
+    if (lifespan := lifespans.get(running_loop())) is not None:
+        return lifespan
+    if scope is not None:
+        raise ScopeClosedError(resource, scope)
+    raise NoScopeError(resource)
+
+
+def current_scope() -> Scope:
+    """
+    The scope that is open here: the request's, or the lifespan's outside any
+    request. Raises NoScopeError where there is none.
+    """
+    scope = scope_here()
+    if scope is None or not scope.is_open:
+        raise NoScopeError
+    return scope
+
+
+def request_scope() -> RequestScope:
+    """
+    A new scope, to be opened with ``async with`` around what is not a request
+    and yet wants request-scoped resources: a command, a task, a consumer, a
+    test. With plain ``with`` it holds sync resources only.
+
+    Leaving it raises TeardownError where a teardown failed; a cancellation, or
+    another exception that is no Exception, comes first and the failure is logged.
+    """
+    return RequestScope("the request scope")
