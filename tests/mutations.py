@@ -122,14 +122,14 @@ MUTATIONS = [
     mutation(
         "who waits for something to end is cancelled at once",
         (
-            "scopes",
+            "waiting",
             "                cancellation = error\n            finally:\n",
             "                return error\n            finally:\n",
         ),
     ),
     mutation(
         "a hop to the thread is dropped when it is cancelled",
-        ("scopes", "    while not begun:\n", "    for _ in range(1):\n"),
+        ("waiting", "    while not begun:\n", "    for _ in range(1):\n"),
     ),
     # Teardown
     mutation(
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     mutation(
         "a teardown may hang",
-        ("scopes", "                teardown.expire()\n", "                pass\n"),
+        ("teardown", "                teardown.expire()\n", "                pass\n"),
     ),
     mutation(
         "errors of teardowns are not raised",
@@ -176,8 +176,8 @@ MUTATIONS = [
         "a closed scope keeps what ended it",
         (
             "scopes",
-            "self.failure = failure = self.owner = self._closer = None",
-            "failure = None",
+            "self.failure = self.owner = self._closer = None",
+            "pass",
         ),
     ),
     mutation(
@@ -194,15 +194,14 @@ MUTATIONS = [
         "no keeper: factories run wherever they are asked for",
         (
             "scopes",
-            "            owner is not None\n"
-            "            and owner is asyncio.current_task(self.loop)\n"
-            "            and self.owns_set_ups\n",
-            "            self.owns_set_ups\n",
+            "            and self.owner is asyncio.current_task()\n        ):\n",
+            "        ):\n",
         ),
+        ("scopes", "if self.owns_set_ups and self.owner is asyncio.current_task():", "if True:"),
     ),
     mutation(
         "who asks while it is set up is not told when it is",
-        ("scopes", "                    waiter.set_result(error)\n", "                    pass\n"),
+        ("setups", "                    waiter.set_result(error)\n", "                    pass\n"),
     ),
     mutation(
         "those who wait are cancelled with the one who asked first",
@@ -218,7 +217,7 @@ MUTATIONS = [
     ),
     mutation(
         "circles are not looked for",
-        ("scopes", "if circle := _way(other, self, set()):", "if circle := None:"),
+        ("setups", "if circle := _way(other, self, set()):", "if circle := None:"),
     ),
     mutation(
         "threads do not wait for each other's set-ups",
@@ -248,18 +247,18 @@ MUTATIONS = [
     ),
     mutation(
         "a lifespan resource is set up in the Context of the first request",
-        ("scopes", "return self._base.copy()", "return copy_context()"),
+        ("lifespans", "return self._base.copy()", "return copy_context()"),
     ),
     mutation(
         "shutdown does not wait for open requests",
-        ("scopes", "cancellation = await self._requests_ended()", "cancellation = None"),
+        ("lifespans", "cancellation = await self._requests_ended()", "cancellation = None"),
     ),
     mutation(
         "a lifespan resource may ask for a request's",
         (
-            "scopes",
-            "            raise LifetimeError(asker.resource, resource)\n",
-            "            return asker\n",
+            "requests",
+            "        raise LifetimeError(here.resource, resource)\n",
+            "        return here.scope\n",
         ),
     ),
 ]
