@@ -2,8 +2,9 @@
 ``Scope`` holds the values of one request, or of one lifespan: it sets each up
 on first use and tears all of them down, in reverse order, when it closes.
 
-One ContextVar holds one object, the current scope. Child tasks and threads
-copy the Context and so share the scope by reference.
+One ContextVar holds one object, the current scope, which child tasks and
+threads share by reference. While a factory runs, its set-up stands in for the
+scope there, so that who asks for what is known, across tasks too.
 
 Who runs a factory
     The scope's *owner* task (the request's own) runs it inline: no task, no
