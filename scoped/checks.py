@@ -71,7 +71,8 @@ def _djangos_handler(path: Path) -> CheckMessage:
 def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
     if not (settings.WSGI_APPLICATION or _beside_the_settings("wsgi.py")) or _asgi_files():
         return []
-    names = [resource.factory.name for resource in declared_resources() if _is_async(resource)]
+    factories = [resource.factory for resource in declared_resources()]
+    names = [factory.name for factory in factories if factory.is_async]
     if not names:
         return []
     return [
@@ -113,11 +114,7 @@ def declared_resources() -> list[Resource[Any]]:
 def _place(resource: Resource[Any]) -> tuple[str, int, str]:
     function = resource.factory.function
     code = getattr(function, "__code__", None)
-    return function.__module__, code.co_firstlineno if code else 0, resource.factory.name
-
-
-def _is_async(resource: Resource[Any]) -> bool:
-    return resource.factory.is_async
+    return str(function.__module__), code.co_firstlineno if code else 0, resource.factory.name
 
 
 def path_from_here(path: Path) -> str:
