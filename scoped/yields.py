@@ -74,8 +74,7 @@ def _follow(block: list[ast.stmt], found: list[ast.stmt], *, guarded: bool, yiel
 def _enter(statement: ast.stmt, found: list[ast.stmt], *, guarded: bool, yielded: bool) -> bool:
     match statement:
         case ast.With() | ast.AsyncWith():
-            # After the `yield` it guards nothing any more.
-            return _follow(statement.body, found, guarded=guarded or not yielded, yielded=yielded)
+            return _follow(statement.body, found, guarded=True, yielded=yielded)
         case ast.Try() | ast.TryStar():
             return _enter_try(statement, found, guarded=guarded, yielded=yielded)
         case ast.If() | ast.For() | ast.AsyncFor() | ast.While():
@@ -92,11 +91,10 @@ def _enter_try(
     statement: ast.Try | ast.TryStar, found: list[ast.stmt], *, guarded: bool, yielded: bool
 ) -> bool:
     by_finally = guarded or (not yielded and bool(statement.finalbody))
-    in_body = _follow(statement.body, found, guarded=guarded or not yielded, yielded=yielded)
-    yields_here = in_body and not yielded
-    end = _follow(
-        statement.orelse, found, guarded=by_finally or yields_here, yielded=in_body or yielded
-    )
+    # One that comes after the `yield` takes care of nothing.
+    end = _follow(statement.body, found, guarded=guarded or not yielded, yielded=yielded)
+    yields_here = end and not yielded
+    end = _follow(statement.orelse, found, guarded=by_finally or yields_here, yielded=end)
     if yields_here and any(map(_goes_on, statement.handlers)):
         end = False  # what follows is reached after a failure too
     ends = [

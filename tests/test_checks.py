@@ -2,10 +2,10 @@
 
 import logging
 import re
+import runpy
 import sys
 from itertools import count
 from pathlib import Path
-from weakref import WeakSet
 
 import asgiref
 import django
@@ -31,7 +31,7 @@ DOCS = (Path(__file__).parent.parent / "docs" / "checks.md").read_text()
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
     """Those of one test, not those of all test modules."""
-    monkeypatch.setattr(resources, "declared", WeakSet())
+    monkeypatch.setattr(resources, "declared", type(resources.declared)())
     return resources.declared
 
 
@@ -85,6 +85,14 @@ class TestSettings:
     def test_other_spellings_are_understood(self, monkeypatch, key):
         monkeypatch.setattr(settings, "SCOPED", {key: 5}, raising=False)
         assert "Did you mean TEARDOWN_TIMEOUT" in found()[0].hint
+
+    def test_each_of_several_is_answered(self, monkeypatch):
+        mistakes = {"TEARDOWN_TIMOUT": 5, "MAX_THREADS": 5}
+        monkeypatch.setattr(settings, "SCOPED", mistakes, raising=False)
+        assert found()[0].hint.endswith(
+            "Did you mean MAX_IDLE_THREADS in place of MAX_THREADS? "
+            "Did you mean TEARDOWN_TIMEOUT in place of TEARDOWN_TIMOUT?"
+        )
 
     def test_a_key_like_none_is_told_which_there_are(self, monkeypatch):
         monkeypatch.setattr(settings, "SCOPED", {"COLOUR": "red", 5: 5}, raising=False)
@@ -287,7 +295,7 @@ class TestWSGI:
         assert "urls.of_a_view" in found("scoped.W003")[0].msg
 
 
-# Line 3 of each is what a failure would skip.
+# In each a failure would skip what is in the line of `close()`, and that first.
 SKIPPED = {
     "after it": """
         c = 1
@@ -383,12 +391,41 @@ SKIPPED = {
     "by assignment": """
         global c
         yield
-        c = None
+        c = None  # in place of close()
     """,
     "after another generator": """
         c = 1
         yield from other()
         close()
+    """,
+    "in an except though there is a finally": """
+        yield
+        try: pass
+        except ValueError: close()
+        finally: pass
+    """,
+    "in an else that comes after it": """
+        yield
+        try: pass
+        except ValueError: pass
+        else: close()
+    """,
+    "after a try that swallows another failure": """
+        yield
+        try: pass
+        except: return
+        close()
+    """,
+    "after a handler in which it stands": """
+        try: c = connect()
+        except OSError: yield None
+        close()
+    """,
+    "in the other branch": """
+        if a: pass
+        else:
+            yield
+            close()
     """,
     "of a value that is sent": """
         c = 1
@@ -470,6 +507,13 @@ NOT_SKIPPED = {
         with b as c:
             yield c
     """,
+    "another branch that has ended": """
+        if a:
+            yield 1
+            return
+        b = 2
+        yield b
+    """,
     "another yield": """
         if a: yield 1
         if not a: yield 2
@@ -516,7 +560,7 @@ NOT_SKIPPED = {
 
 
 def factory_with(body, tmp_path, *, is_async=False):
-    """A factory with that body, from a file, as any is; and the file's lines."""
+    """A factory with that body, from a file, as any is."""
     lines = body.strip("\n").splitlines()
     indent = len(lines[0]) - len(lines[0].lstrip()) if len(lines) > 1 else 0
     lines = ["    " + line[indent:] for line in lines if line.strip()]
@@ -524,15 +568,20 @@ def factory_with(body, tmp_path, *, is_async=False):
         lines = [line.replace("with a", "async with a") for line in lines]
     path = tmp_path / "factories.py"
     path.write_text("\n".join([f"{'async ' * is_async}def factory():", *lines, ""]))
-    names = {}
-    exec(compile(path.read_text(), str(path), "exec"), names)  # noqa: S102
-    return names["factory"]
+    return runpy.run_path(str(path))["factory"]
+
+
+def line_of_close(tmp_path):
+    lines = (tmp_path / "factories.py").read_text().splitlines()
+    [number] = [number for number, line in enumerate(lines, 1) if "close()" in line]
+    return number
 
 
 class TestYields:
     @pytest.mark.parametrize("body", SKIPPED.values(), ids=SKIPPED)
     def test_what_a_failure_would_skip_is_found(self, body, tmp_path):
-        assert first_skipped_line(factory_with(body, tmp_path)) == 4
+        line = first_skipped_line(factory_with(body, tmp_path))
+        assert line == line_of_close(tmp_path)
 
     @pytest.mark.parametrize("body", NOT_SKIPPED.values(), ids=NOT_SKIPPED)
     def test_what_is_safe_or_meant_so_is_not(self, body, tmp_path):
@@ -542,7 +591,7 @@ class TestYields:
     def test_async_ones_are_looked_at_alike(self, name, tmp_path):
         body = {**SKIPPED, **NOT_SKIPPED}[name]
         line = first_skipped_line(factory_with(body, tmp_path, is_async=True))
-        assert line == (4 if name in SKIPPED else None)
+        assert line == (line_of_close(tmp_path) if name in SKIPPED else None)
 
     def test_the_warning_names_the_resource_and_its_place_and_the_line(self):
         @request_scoped
@@ -585,6 +634,14 @@ to the left of everything
         assert found() == []
         assert len(resources.declared) == len(kept)
 
+    def test_a_lambda_is_not_taken_for_the_function_around_it(self, tmp_path):
+        body = "inner = lambda: (yield); yield inner; inner.close()"
+        path = tmp_path / "factories.py"
+        path.write_text(f"def outer(): {body}\n")
+        outer = runpy.run_path(str(path))["outer"]
+        assert first_skipped_line(outer) == 1
+        assert first_skipped_line(next(outer())) is None
+
     def test_functions_and_coroutine_functions_get_no_warning(self):
         @request_scoped
         def user():
@@ -613,8 +670,9 @@ class TestDocs:
         lines = []
         for block in blocks:
             (tmp_path / "block.py").write_text(block)
-            names = {"request_scoped": lambda factory: factory}
-            exec(compile(block, str(tmp_path / "block.py"), "exec"), names)  # noqa: S102
+            names = runpy.run_path(
+                str(tmp_path / "block.py"), {"request_scoped": lambda factory: factory}
+            )
             [factory] = [names[name] for name in re.findall(r"^async def (\w+)", block, re.M)]
             lines.append(first_skipped_line(factory))
         assert len(lines) == 5

@@ -4,7 +4,6 @@ import gc
 import json
 import sys
 from pathlib import Path
-from weakref import WeakSet
 
 import pytest
 from django.core.management import call_command
@@ -16,7 +15,7 @@ from tests.startproject import Project
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
     """Those of one test, not those of all test modules."""
-    monkeypatch.setattr(resources, "declared", WeakSet())
+    monkeypatch.setattr(resources, "declared", type(resources.declared)())
     before, scopes.eager[:] = list(scopes.eager), []
     yield resources.declared
     scopes.eager[:] = before
