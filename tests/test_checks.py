@@ -1,5 +1,6 @@
 """What ``manage.py check`` says of a project before it is served, and of what it keeps silent."""
 
+import contextvars
 import logging
 import re
 import runpy
@@ -43,6 +44,11 @@ def found(check_id=None):
     ]
 
 
+def check(*options):
+    """In a Context of its own: Django's checks open caches, which requests would close."""
+    contextvars.copy_context().run(call_command, "check", *options)
+
+
 def test_a_project_without_fault_gets_no_message():
     @request_scoped
     async def db():
@@ -52,7 +58,7 @@ def test_a_project_without_fault_gets_no_message():
 
 
 def test_they_are_among_all_checks_and_have_a_tag(capsys):
-    call_command("check", "--list-tags")
+    check("--list-tags")
     assert "scoped" in capsys.readouterr().out.split()
 
 
@@ -119,7 +125,7 @@ class TestSettings:
     def test_they_stop_the_commands_that_run_the_checks(self, monkeypatch):
         monkeypatch.setattr(settings, "SCOPED", {"TEARDOWN_TIMEOUT": -1}, raising=False)
         with pytest.raises(SystemCheckError, match=r"scoped\.E002"):
-            call_command("check")
+            check()
 
     def test_what_runs_no_checks_logs_them_and_keeps_the_defaults(self, monkeypatch, caplog):
         mistakes = {"TEARDOWN_TIMEOUT": 3, "SHUTDOWN_TIMEOUT": -1}
@@ -247,7 +253,7 @@ class TestHandler:
     def test_it_is_silenced_as_any_other(self, site, capsys):
         (site / "asgi.py").write_text(DJANGOS)
         with override_settings(SILENCED_SYSTEM_CHECKS=[HANDLER_ID]):
-            call_command("check", "--fail-level", "WARNING")
+            check("--fail-level", "WARNING")
         assert "1 silenced" in capsys.readouterr().out
 
 
@@ -372,6 +378,12 @@ SKIPPED = {
         try: pass
         except ValueError: c = None
         else: yield c; close()
+    """,
+    "after an else, which the except is not for": """
+        try: c = connect()
+        except: c = None
+        else: yield c
+        close()
     """,
     "in a handler in which it stands": """
         try: pass
