@@ -1,18 +1,28 @@
 """Wires scoped into a project that lists it in ``INSTALLED_APPS``."""
 
+import logging
+
 from django.apps import AppConfig
+from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
 __all__ = ["ScopedConfig"]
+
+logger = logging.getLogger("scoped")
 
 
 class ScopedConfig(AppConfig):
     name = "scoped"
 
     def ready(self) -> None:
-        from scoped import conf, receivers  # noqa: PLC0415 (needs the settings)
+        from scoped import checks, conf, receivers  # noqa: PLC0415 (needs the settings)
 
-        conf.configure()
+        try:
+            conf.configure()
+        except ImproperlyConfigured as error:
+            # Not raised, so that `manage.py check` can tell. Our handler does raise it.
+            logger.error("%s", error)
+        checks.register()
         receivers.connect()
         # So that what is declared eager is known when the server starts.
         autodiscover_modules("resources")

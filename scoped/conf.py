@@ -9,7 +9,8 @@ The project's settings, one dict::
     }
 """
 
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, cast
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -18,7 +19,7 @@ from django.core.signals import setting_changed
 from scoped.scopes import Scope
 from scoped.threads import LentThread
 
-__all__ = ["configure"]
+__all__ = ["configure", "problems"]
 
 _DEFAULTS = {
     "TEARDOWN_TIMEOUT": Scope.teardown_timeout,
@@ -27,27 +28,42 @@ _DEFAULTS = {
 }
 
 
+def problems() -> list[tuple[str, str]]:
+    """What is wrong with the setting, each with what to do."""
+    given: Any = getattr(settings, "SCOPED", {})
+    if not isinstance(given, dict):
+        return [(f"SCOPED is {given!r}.", "Make it a dict.")]
+    values = cast("dict[object, Any]", given)
+    found: list[tuple[str, str]] = []
+    if unknown := sorted(str(key) for key in values if key not in _DEFAULTS):
+        hint = f"Known: {', '.join(_DEFAULTS)}."
+        for key in unknown:
+            for known in get_close_matches(key.upper(), _DEFAULTS, 1):
+                hint += f" Did you mean {known} in place of {key}?"
+        found.append((f"SCOPED has unknown keys: {', '.join(unknown)}.", hint))
+    for key in _DEFAULTS:
+        if key in values and (hint := _correction(key, values[key])):
+            found.append((f"SCOPED[{key!r}] is {values[key]!r}.", hint))
+    return found
+
+
+def _correction(key: str, value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key.endswith("_TIMEOUT") and not (is_number and value > 0):
+        return "Set it to a number of seconds greater than 0."
+    if key == "MAX_IDLE_THREADS" and not (is_number and value >= 0 and value % 1 == 0):
+        return "Set it to a number of threads, 0 or more."
+    return ""
+
+
 def configure() -> None:
     """
     Put the settings into force. Raises ImproperlyConfigured where a key is
-    unknown or a value makes no sense.
+    unknown or a value makes no sense; then none comes into force.
     """
-    given: dict[str, Any] = getattr(settings, "SCOPED", {})
-    if unknown := sorted(given.keys() - _DEFAULTS.keys()):
-        raise ImproperlyConfigured(
-            f"SCOPED has unknown keys: {', '.join(unknown)}. Known: {', '.join(_DEFAULTS)}."
-        )
-    values = {**_DEFAULTS, **given}
-    for key, value in values.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key.endswith("_TIMEOUT") and not (is_number and value > 0):
-            raise ImproperlyConfigured(
-                f"SCOPED[{key!r}] is {value!r}. Set it to a number of seconds greater than 0."
-            )
-        if key == "MAX_IDLE_THREADS" and not (is_number and int(value) == value >= 0):
-            raise ImproperlyConfigured(
-                f"SCOPED[{key!r}] is {value!r}. Set it to a number of threads, 0 or more."
-            )
+    if found := problems():
+        raise ImproperlyConfigured(" ".join(f"{problem} {hint}" for problem, hint in found))
+    values = {**_DEFAULTS, **getattr(settings, "SCOPED", {})}
     Scope.teardown_timeout = values["TEARDOWN_TIMEOUT"]
     Scope.shutdown_timeout = values["SHUTDOWN_TIMEOUT"]
     LentThread.max_idle = int(values["MAX_IDLE_THREADS"])

@@ -34,6 +34,7 @@ class Factory:
     is_async: bool
     start: Callable[[], Any]
     finish: Callable[[Any, BaseException | None], Any]
+    function: Callable[[], Any]
 
     @classmethod
     def of(cls, function: Callable[[], Any]) -> "Factory":
@@ -80,7 +81,7 @@ class Factory:
                 )
             kind, is_async = "function", False
             start, finish = _function(label, function), _nothing_to_finish
-        return cls(name, declared_at, kind, is_async, start, finish)
+        return cls(name, declared_at, kind, is_async, start, finish, function)
 
     def __str__(self) -> str:
         return _label(self.name, self.declared_at)

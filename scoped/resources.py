@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
+from weakref import WeakSet
 
 from scoped.factories import Factory
 from scoped.lifespans import eager
@@ -25,7 +26,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Resource(Generic[T_co]):
     """What is known of a resource without setting it up. Never changes."""
 
@@ -34,6 +35,10 @@ class Resource(Generic[T_co]):
 
     def __str__(self) -> str:
         return str(self.factory)
+
+
+# For the system checks and `manage.py scoped`; one declared in a function ends with it.
+declared: WeakSet[Resource[Any]] = WeakSet()
 
 
 class AsyncResource(Protocol[T_co]):
@@ -130,6 +135,7 @@ def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = F
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(access, name, getattr(function, name))
     cast(Any, access).resource = resource
+    declared.add(resource)
     if is_eager:
         eager.append(resource)
     return access

@@ -16,9 +16,10 @@ PACKAGE = Path(scoped.__file__).parent
 # above only.
 CORE = [
     *("exceptions", "factories", "waiting", "setups", "teardown"),
-    *("scopes", "lifespans", "requests", "resources"),
+    *("scopes", "lifespans", "requests", "resources", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "threads", "conf", "checks", "apps", "testing"]
+DJANGO += ["management/commands/scoped"]
 THERE = [name for name in DJANGO if (PACKAGE / f"{name}.py").exists()]  # some are yet to come
 
 
@@ -58,7 +59,9 @@ def test_the_check_sees_every_form_of_import() -> None:
 
 
 def test_every_module_has_its_place_in_the_table() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= {"__init__", *CORE, *DJANGO}
+    modules = {path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    names = {module.as_posix() for module in modules if module.name != "__init__"}
+    assert names <= {*CORE, *DJANGO}
 
 
 @pytest.mark.parametrize("module", CORE)

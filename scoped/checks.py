@@ -1,0 +1,177 @@
+"""
+System checks: much of what goes wrong when a project is served can be seen
+before. ``docs/checks.md`` has a section on each.
+"""
+
+import ast
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import asgiref
+import django
+from django.conf import settings
+from django.core import checks
+from django.core.checks import CheckMessage
+from django.urls import get_resolver
+from django.utils.version import get_version_tuple
+
+from scoped import conf, resources
+from scoped.resources import Resource
+from scoped.yields import first_skipped_line
+
+__all__ = ["declared_resources", "path_from_here", "register"]
+
+_DJANGOS = ("django.core.asgi", "django.core.handlers.asgi.ASGIHandler")
+
+
+def register() -> None:
+    for check in (check_asgiref, check_settings, check_handler, check_wsgi, check_yields):
+        checks.register(check, "scoped")
+
+
+def check_asgiref(**kwargs: Any) -> list[CheckMessage]:
+    if get_version_tuple(asgiref.__version__) >= (3, 13):
+        return []
+    return [
+        checks.Error(
+            f"asgiref {asgiref.__version__} is too old for scoped.",
+            hint="Install asgiref 3.13 or newer.",
+            id="scoped.E001",
+        )
+    ]
+
+
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    return [checks.Error(problem, hint=hint, id="scoped.E002") for problem, hint in conf.problems()]
+
+
+def check_handler(**kwargs: Any) -> list[CheckMessage]:
+    return [_djangos_handler(path) for path in _asgi_files() if _uses_djangos_handler(path)]
+
+
+def _djangos_handler(path: Path) -> CheckMessage:
+    what = f"{path_from_here(path)} serves the project with Django's own ASGI handler"
+    hint = "Write `from scoped.asgi import get_asgi_application` there, in place of Django's."
+    if django.VERSION < (6, 1):
+        return checks.Warning(
+            f"{what}. Before Django 6.1 request-scoped resources raise NoScopeError under it.",
+            hint=hint,
+            id="scoped.W001",
+        )
+    return checks.Warning(
+        f"{what}. Under it resources are not torn down when a stream or the sending of a response "
+        "fails, nor when the server cancels a request.",
+        hint=hint,
+        id="scoped.W002",
+    )
+
+
+def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
+    if not (settings.WSGI_APPLICATION or _beside_the_settings("wsgi.py")) or _asgi_files():
+        return []
+    factories = [resource.factory for resource in declared_resources()]
+    names = [factory.name for factory in factories if factory.is_async]
+    if not names:
+        return []
+    return [
+        checks.Warning(
+            "The project has a WSGI application and no ASGI application. Async resources raise "
+            f"AsyncResourceError under WSGI: {', '.join(names)}.",
+            hint="Serve it over ASGI, from an asgi.py with `from scoped.asgi import "
+            "get_asgi_application` and `application = get_asgi_application()`; or make the "
+            "factories sync.",
+            id="scoped.W003",
+        )
+    ]
+
+
+def check_yields(**kwargs: Any) -> list[CheckMessage]:
+    return [
+        checks.Warning(
+            f"Line {line} is skipped when the {resource.lifetime.value} fails, for the failure is "
+            "raised at the `yield`.",
+            hint="What must always run: put it into the `finally:` of a `try:` around the `yield`, "
+            "or use a context manager. What is for success only, as a commit: put it into the "
+            "`else:` of that `try:`, or beside the `yield` in its `with`.",
+            obj=resource,
+            id="scoped.W004",
+        )
+        for resource in declared_resources()
+        if (line := first_skipped_line(resource.factory.function)) is not None
+    ]
+
+
+def declared_resources() -> list[Resource[Any]]:
+    """All of them, sorted by module and line."""
+    if getattr(settings, "ROOT_URLCONF", None):
+        # Views may declare some, and Django's check that imports them may yet be to come.
+        _ = get_resolver().urlconf_module
+    return sorted(resources.declared, key=_place)
+
+
+def _place(resource: Resource[Any]) -> tuple[str, int, str]:
+    function = resource.factory.function
+    code = getattr(function, "__code__", None)
+    return str(function.__module__), code.co_firstlineno if code else 0, resource.factory.name
+
+
+def path_from_here(path: Path) -> str:
+    """Relative to the current directory, where it is inside that."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _asgi_files() -> list[Path]:
+    """What serves the project over ASGI, as far as that can be known."""
+    # Channels' and daphne's setting.
+    if application := getattr(settings, "ASGI_APPLICATION", None):
+        path = _file_of(application.rpartition(".")[0])
+        return [] if path is None else [path]
+    return _beside_the_settings("asgi.py")
+
+
+def _beside_the_settings(name: str) -> list[Path]:
+    """The files of that name where ``startproject`` puts it, or one package above."""
+    found = {folder / name: None for folder in _folders()}
+    return [path for path in found if path.is_file()]
+
+
+def _folders() -> Iterator[Path]:
+    wsgi = (settings.WSGI_APPLICATION or "").rpartition(".")[0]
+    urls = getattr(settings, "ROOT_URLCONF", None)
+    for module in (settings.SETTINGS_MODULE, urls, wsgi):
+        if module and isinstance(module, str) and (path := _file_of(module)):
+            # So that `settings/production.py` is found to be in `settings` and in the project.
+            yield from path.parents[: max(1, module.count("."))]
+
+
+def _file_of(module: str) -> Path | None:
+    """A module's source, without importing it: an asgi.py is made for the server."""
+    try:
+        spec = find_spec(module)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
+
+
+def _uses_djangos_handler(path: Path) -> bool:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError):
+        return False
+    names = set(_imported(tree))
+    return any(name.startswith(_DJANGOS) for name in names) and not any(
+        name.startswith("scoped.asgi") for name in names
+    )
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
