@@ -7,7 +7,7 @@ ends.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from typing import Any, cast
 
@@ -33,12 +33,12 @@ from scoped.dispatch import (
     log_errors,
     raise_first,
 )
+from scoped.handlers import ScopedHandler, close_resources, close_stream
 from scoped.lifespans import lifespan_scope
 from scoped.receivers import (
     close,
     close_foreign,
     connect_handler,
-    note_failure,
     open_foreign,
 )
 from scoped.requests import RequestScope
@@ -61,7 +61,7 @@ def get_asgi_application() -> "ScopedASGIHandler":
     return ScopedASGIHandler()
 
 
-class ScopedASGIHandler(ASGIHandler):
+class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     """
     Serves HTTP as Django's ``ASGIHandler`` does, and the ASGI lifespan protocol.
 
@@ -95,11 +95,6 @@ class ScopedASGIHandler(ASGIHandler):
         with closing(body_file):
             exchange = _Exchange(self, scope, body_file, send)
             await exchange.supervise(receive)
-
-    def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
-        # Django calls this for whatever a view raises, a 404 included: the one place to see it.
-        note_failure(exception)
-        return super().process_exception_by_middleware(exception, request)
 
 
 connect_handler(ScopedASGIHandler)
@@ -279,7 +274,7 @@ class _Exchange:
             await self.attempt(hop(_nothing))
         sync_receivers, async_receivers = live_receivers(request_finished, type(self.handler))
         if self.response is not None:
-            await self.attempt(_close_stream(self.response))
+            await self.attempt(close_stream(self.response))
             if _closes_itself(self.response):
                 sync_receivers, async_receivers = [], []  # its close() calls them all
         # In reverse, so that what was opened first, as our scope, is closed last.
@@ -289,7 +284,7 @@ class _Exchange:
         if self.needs_thread(sync_receivers):
             await self.attempt(hop(partial(self.call_sync, sync_receivers)))
         elif self.response is not None:
-            _run_closers(self.response)
+            close_resources(self.response)
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
         try:
@@ -344,7 +339,7 @@ class _Exchange:
                 self.response._handler_class = type(self.handler)
                 self.response.close()
             else:
-                _run_closers(self.response)
+                close_resources(self.response)
         outcomes: list[Outcome] = []
         call_all(receivers, outcomes, request_finished, type(self.handler))
         self.note(outcomes)
@@ -373,16 +368,6 @@ def _only_tidy(receivers: list[Receiver]) -> bool:
     return _TIDY.issuperset(receivers)
 
 
-async def _close_stream(response: Any) -> None:
-    """
-    Django leaves a stream that was not consumed to its end to the garbage
-    collector: it would be closed late, in another task.
-    """
-    iterator: Any = getattr(response, "_iterator", None)
-    if hasattr(iterator, "aclose"):
-        await iterator.aclose()
-
-
 def _closes_itself(response: Any) -> bool:
     """
     Whether its ``close()`` is not Django's own. That must be called as it is, and
@@ -390,15 +375,6 @@ def _closes_itself(response: Any) -> bool:
     """
     cls = cast("type[HttpResponseBase]", type(response))
     return cls.close is not HttpResponseBase.close or "close" in vars(response)
-
-
-def _run_closers(response: Any) -> None:
-    """What ``HttpResponseBase.close()`` does before it sends the signal."""
-    for closer in response._resource_closers:
-        with suppress(Exception):
-            closer()
-    response._resource_closers.clear()
-    response.closed = True
 
 
 async def _serve_lifespan(receive: Receive, send: Send) -> None:

@@ -52,13 +52,17 @@ class NoScopeError(ScopedError, LookupError):
 class ScopeClosedError(ScopedError, RuntimeError):
     """A resource was used after its scope had closed, or while it closes."""
 
-    def __init__(self, resource: object, scope: object) -> None:
+    def __init__(self, resource: object, scope: object, hint: str = "") -> None:
         self.resource = resource
         self.scope = str(scope)  # its name, not the scope: an error keeps nothing alive
         super().__init__(
             f"{resource} was used after its scope, {scope}, had begun to close. "
-            "What outlives a request cannot use the request's resources: finish the work before "
-            "the request ends, or open a scope of its own with `async with request_scope():`."
+            + (
+                hint
+                or "What outlives a request cannot use the request's resources: finish the work "
+                "before the request ends, or open a scope of its own with "
+                "`async with request_scope():`."
+            )
         )
 
 
@@ -77,13 +81,13 @@ class CircularResourceError(ScopedError, RuntimeError):
 class LifetimeError(ScopedError, RuntimeError):
     """A resource needs one that does not live as long as it does."""
 
-    def __init__(self, resource: object, needed: object) -> None:
+    def __init__(self, resource: object, needed: object, lifetime: str, shorter: str) -> None:
         self.resource = resource
         self.needed = needed
         super().__init__(
-            f"{resource} lives as long as the server and asked for {needed}, which lives as long "
-            "as a request. Make the first request-scoped, the second lifespan-scoped, or ask for "
-            "the second where the first is used."
+            f"{resource}, whose lifetime is the {lifetime}'s, asked for {needed}, whose lifetime "
+            f"is the {shorter}'s, and so ends before. Give both the same lifetime, or ask for the "
+            "second where the first is used."
         )
 
 

@@ -55,7 +55,7 @@ class LifespanScope(Scope):
     def implied_by(cls, request: Scope) -> Self:
         self = cls(Context())
         self.owner, self.loop, self.thread = None, request.loop, request.thread
-        self._sync_only = request.loop is None
+        self.sync_only = request.loop is None
         return self
 
     @classmethod
@@ -69,7 +69,7 @@ class LifespanScope(Scope):
             self._holders += 1
         return self  # type: ignore[return-value]
 
-    async def release(self, failure: BaseException | None = None) -> None:
+    async def drop(self, failure: BaseException | None = None) -> None:
         """Undo ``hold()``; the last one closes, when the open requests have ended."""
         with _lock:
             self._holders -= 1
@@ -170,7 +170,7 @@ class LifespanScope(Scope):
         try:
             await asyncio.get_running_loop().create_future()
         finally:
-            await self.release()
+            await self.drop()
 
     async def _closed(self) -> None:
         atexit.unregister(self._close_at_exit)
@@ -212,5 +212,5 @@ async def lifespan_scope() -> AsyncGenerator[Scope, None]:
     finally:
         if current.get() is scope:
             current.set(previous)
-        await scope.release(failure)
+        await scope.drop(failure)
         del failure

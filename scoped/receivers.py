@@ -24,11 +24,13 @@ from scoped.requests import RequestScope
 from scoped.scopes import scope_here
 from scoped.waiting import run_without_loop
 
-__all__ = ["connect", "connect_handler", "note_failure"]
+__all__ = ["close", "connect", "connect_handler", "note_failure", "tells_of_response"]
 
 logger = logging.getLogger("scoped")
 
 _our_handlers: WeakSet[type] = WeakSet()
+# Of the handlers that are served by sync receivers, those which call end_response().
+tells_of_response: WeakSet[type] = WeakSet()
 # Tasks that close a scope for sync code in the event loop's thread: a loop holds tasks weakly.
 _closing: set[asyncio.Task[None]] = set()
 
@@ -41,8 +43,14 @@ class _ForeignScope(RequestScope):
     opener: object
 
     @property
+    def tells_of_response(self) -> bool:
+        return self.opener in tells_of_response
+
+    @property
     def can_close_without_loop(self) -> bool:
-        return self._sync_only or not (self.values or self._pending or self.lifespan)
+        return self.sync_only or not (
+            self.values or self._pending or self.lifespan or self.response
+        )
 
 
 def connect_handler(handler: type) -> None:

@@ -3,6 +3,7 @@ The request's scope, and which scope a resource's value is found in.
 """
 
 import asyncio
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +16,17 @@ from scoped.waiting import run_without_loop, running_loop
 if TYPE_CHECKING:
     from scoped.resources import Resource
 
-__all__ = ["RequestScope", "current_scope", "request_scope", "scope_for"]
+__all__ = [
+    "RequestScope",
+    "ResponseScope",
+    "current_scope",
+    "request_scope",
+    "scope_for",
+    "scope_holding",
+]
+
+
+_lock = Lock()
 
 
 class RequestScope(Scope):
@@ -23,6 +34,35 @@ class RequestScope(Scope):
 
     lifetime = Lifetime.REQUEST
     owns_set_ups = True
+
+    @property
+    def tells_of_response(self) -> bool:
+        """Whether whoever opened it calls ``end_response()``, or it has no response to send."""
+        return True
+
+    async def end_response(self) -> None:
+        """
+        Tear down what lives until the response, before its first byte is sent.
+        Raises as ``close()`` does.
+        """
+        self.has_responded = True
+        if self.response is not None:
+            await self.response.close(self.failure)
+
+    def until_response(self, resource: "Resource[Any]") -> Scope:
+        """What holds a resource that lives until the response."""
+        with _lock:  # threads may come at the same time
+            if self.response is None:
+                if not self.tells_of_response:
+                    raise NoScopeError(
+                        resource,
+                        'It is declared with until="response", and this handler does not say when '
+                        "that is. Serve the project with get_asgi_application() of scoped.asgi or "
+                        "get_wsgi_application() of scoped.wsgi; in tests use the clients of "
+                        "scoped.testing.",
+                    )
+                self.response = ResponseScope(self)
+        return self.response
 
     def open(
         self,
@@ -33,7 +73,7 @@ class RequestScope(Scope):
     ) -> Self:
         running = running_loop()
         self._open(running, None if running is None else asyncio.current_task(running))
-        self._sync_only = sync_only
+        self.sync_only = sync_only
         self.served = served
         if loop is not None:  # that of the sync code which opens it, and owns it no further
             self.loop, self.owner, self.thread = loop, None, 0
@@ -68,7 +108,7 @@ class RequestScope(Scope):
 
     async def _closed(self) -> None:
         if self.lifespan is not None:
-            await self.lifespan.part(self, by_sync_code=self._sync_only or self.loop is None)
+            await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
 
     async def __aenter__(self) -> Self:
         task = asyncio.current_task()
@@ -84,7 +124,7 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.lifespan is None and not self.values and not self._pending and self.is_open:
+        if not (self.values or self._pending or self.response or self.lifespan) and self.is_open:
             self._let_go()
             self.leave()
             return
@@ -112,17 +152,58 @@ class RequestScope(Scope):
             self.leave()
 
 
+class ResponseScope(Scope):
+    """The part of a request's scope that closes before the response is sent."""
+
+    __slots__ = ("around",)
+
+    lifetime = Lifetime.RESPONSE
+    owns_set_ups = True
+    closed_hint = (
+        "It lives until the response, so it is torn down before the first byte: use it in the view "
+        'or in middleware, not in a streaming body; or declare it without until="response".'
+    )
+
+    def __init__(self, around: RequestScope) -> None:
+        super().__init__(f"{around} until its response")
+        self.around = around
+        self.loop, self.owner, self.thread = around.loop, around.owner, around.thread
+        self.sync_only = around.sync_only
+        self._state = "open" if around.is_open and not around.has_responded else "closed"
+
+    @property
+    def visible(self) -> Scope:
+        return self.around
+
+
 def scope_for(resource: "Resource[Any]") -> Scope:
     """The open scope that holds, or is to hold, the resource's value."""
     here = current.get()
-    scope = here.scope if isinstance(here, SetUp) else here
+    if isinstance(here, SetUp):
+        scope: Scope | None = here.scope.visible
+        if not here.done:
+            here.use(resource)
+    else:
+        scope = here
     if resource.lifetime is Lifetime.LIFESPAN:
         return _lifespan_for(resource, scope)
     if isinstance(scope, RequestScope):
-        return scope
+        if resource.lifetime is Lifetime.REQUEST:
+            return scope
+        if not isinstance(here, SetUp) or here.scope is not scope:
+            return scope.until_response(resource)
     if isinstance(here, SetUp):
-        raise LifetimeError(here.resource, resource)
+        asker = here.resource
+        raise LifetimeError(asker, resource, asker.lifetime.value, resource.lifetime.value)
     raise NoScopeError(resource)
+
+
+def scope_holding(resource: "Resource[Any]") -> Scope | None:
+    """The open scope that holds the request resource's value, if one does."""
+    scope: Scope | None = scope_here()
+    if scope is not None and resource.lifetime is Lifetime.RESPONSE:
+        scope = scope.response
+    return scope if scope is not None and resource in scope.values else None
 
 
 def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:

@@ -12,15 +12,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
-from typing import Any, Generic, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 from weakref import WeakSet
 
 from scoped.factories import Factory
 from scoped.lifespans import eager
-from scoped.requests import scope_for
+from scoped.requests import scope_for, scope_holding
 from scoped.scopes import Lifetime, current
 
-__all__ = ["AsyncResource", "Resource", "SyncResource", "lifespan_scoped", "request_scoped"]
+__all__ = [
+    "AsyncRequestResource",
+    "AsyncResource",
+    "Resource",
+    "SyncRequestResource",
+    "SyncResource",
+    "lifespan_scoped",
+    "request_scoped",
+]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -49,6 +57,13 @@ class AsyncResource(Protocol[T_co]):
 
     def __call__(self) -> Coroutine[Any, Any, T_co]: ...
 
+    def get_nowait(self) -> T_co:
+        """
+        The value, if it is set up already: for sync code, which cannot await it.
+        Raises AsyncResourceError if it is not.
+        """
+        ...
+
 
 class SyncResource(Protocol[T_co]):
     """What a decorator makes of a sync factory: ``value = tenant()``."""
@@ -57,6 +72,32 @@ class SyncResource(Protocol[T_co]):
     def resource(self) -> Resource[T_co]: ...
 
     def __call__(self) -> T_co: ...
+
+
+class AsyncRequestResource(AsyncResource[T_co], Protocol[T_co]):
+    """What ``request_scoped`` makes of an async factory."""
+
+    def release(self) -> Coroutine[Any, Any, None]:
+        """
+        Tear it down now, and before it what was set up with it, in reverse order;
+        asked for again, it is set up anew. Does nothing where it is not set up.
+        Raises TeardownError where a teardown fails, and AsyncResourceError outside
+        the task that set it up.
+        """
+        ...
+
+
+class SyncRequestResource(SyncResource[T_co], Protocol[T_co]):
+    """What ``request_scoped`` makes of a sync factory."""
+
+    def release(self) -> None:
+        """
+        Tear it down now, and before it what was set up with it, in reverse order;
+        asked for again, it is set up anew. Does nothing where it is not set up.
+        Raises TeardownError where a teardown fails, and AsyncResourceError outside
+        the task or thread that set it up, or where something async uses it.
+        """
+        ...
 
 
 class _Decorator(Protocol):
@@ -70,19 +111,40 @@ class _Decorator(Protocol):
     def __call__(self, factory: Callable[[], T], /) -> SyncResource[T]: ...
 
 
-@overload
-def request_scoped(factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
-@overload
-def request_scoped(factory: Callable[[], Awaitable[T]], /) -> AsyncResource[T]: ...
-@overload
-def request_scoped(factory: Callable[[], Iterator[T]], /) -> SyncResource[T]: ...
-@overload
-def request_scoped(factory: Callable[[], T], /) -> SyncResource[T]: ...
-@overload
-def request_scoped() -> _Decorator: ...
+class _RequestDecorator(Protocol):
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, factory: Callable[[], AsyncIterator[T]], /
+    ) -> AsyncRequestResource[T]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, factory: Callable[[], Awaitable[T]], /
+    ) -> AsyncRequestResource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[], Iterator[T]], /) -> SyncRequestResource[T]: ...
+    @overload
+    def __call__(self, factory: Callable[[], T], /) -> SyncRequestResource[T]: ...
 
 
-def request_scoped(factory: Callable[[], Any] | None = None, /) -> Any:
+@overload
+def request_scoped(  # type: ignore[overload-overlap]
+    factory: Callable[[], AsyncIterator[T]], /
+) -> AsyncRequestResource[T]: ...
+@overload
+def request_scoped(  # type: ignore[overload-overlap]
+    factory: Callable[[], Awaitable[T]], /
+) -> AsyncRequestResource[T]: ...
+@overload
+def request_scoped(factory: Callable[[], Iterator[T]], /) -> SyncRequestResource[T]: ...
+@overload
+def request_scoped(factory: Callable[[], T], /) -> SyncRequestResource[T]: ...
+@overload
+def request_scoped(*, until: Literal["response"] | None = ...) -> _RequestDecorator: ...
+
+
+def request_scoped(
+    factory: Callable[[], Any] | None = None, /, *, until: Literal["response"] | None = None
+) -> Any:
     """
     Make a resource that is set up once in each request, on first use, and torn
     down when the request ends.
@@ -92,15 +154,23 @@ def request_scoped(factory: Callable[[], Any] | None = None, /) -> Any:
     once, and what follows the ``yield`` tears it down. If the request fails, the
     failure is raised at the ``yield``.
 
+    With ``until="response"`` it is torn down after the view and its middleware,
+    before the first byte of the response: if that fails, the response becomes a
+    500. For what must be known to be done when the client is told so, as a COMMIT.
+
     Returns a function: ``await db()`` gives the value of an async factory,
     ``tenant()`` that of a sync one. It raises NoScopeError outside a request,
-    ScopeClosedError after it, and what the factory raises.
+    ScopeClosedError after it, and what the factory raises. Its ``release()`` gives
+    the value back early; ``db.get_nowait()`` gives sync code what is set up.
 
-    Raises FactoryError where ``factory`` is none.
+    Raises FactoryError where ``factory`` is none, ValueError for another ``until``.
     """
+    if until not in (None, "response"):
+        raise ValueError(f"until is {until!r}. Leave it out, or make it 'response'.")
+    lifetime = Lifetime.REQUEST if until is None else Lifetime.RESPONSE
     if factory is None:
-        return request_scoped
-    return _declare(factory, Lifetime.REQUEST)
+        return partial(_declare, lifetime=lifetime)
+    return _declare(factory, lifetime)
 
 
 @overload
@@ -131,29 +201,31 @@ def lifespan_scoped(factory: Callable[[], Any] | None = None, /, *, eager: bool 
 
 def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = False) -> Any:
     resource: Resource[Any] = Resource(Factory.of(function), lifetime)
-    access = _ACCESS[resource.factory.is_async, lifetime](resource)
+    declared.add(resource)
+    make = _async_resource if resource.factory.is_async else _sync_resource
+    access = make(resource)
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(access, name, getattr(function, name))
-    cast(Any, access).resource = resource
-    declared.add(resource)
+    access.resource = resource
     if is_eager:
         eager.append(resource)
     return access
 
 
-# The short way, for a value that is there: four times, because each differs where it must not pay
-# for the others. All else, and what a factory asks for, goes the long way. An async value is for
-# its own event loop only; which one runs is cheaper to learn from the thread before Python 3.12.
-
-_BY_LOOP = sys.version_info >= (3, 12)
-
 _get_current = cast("Callable[[], Any]", current.get)
 
+# An async value is for its own event loop only. Which one runs is cheaper to learn from the thread
+# before Python 3.12.
+_BY_LOOP = sys.version_info >= (3, 12)
 
-def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
+# Each has a short way, for a value that is there, which pays for nothing else. What is not there
+# goes the long way, and so does what a factory asks for: scope_for() notes who asks.
+
+
+def _async_resource(resource: Resource[Any]) -> Any:
     get_current = _get_current
 
-    async def access() -> Any:
+    async def of_request() -> Any:
         scope = get_current()
         try:
             if scope.loop is get_running_loop():
@@ -162,7 +234,7 @@ def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
             pass
         return await scope_for(resource).get(resource)
 
-    async def access_by_thread() -> Any:
+    async def of_request_by_thread() -> Any:
         scope = get_current()
         try:
             if scope.thread == get_ident():
@@ -171,13 +243,7 @@ def _async_of_request(resource: Resource[Any]) -> Callable[[], Any]:
             pass
         return await scope_for(resource).get(resource)
 
-    return access if _BY_LOOP else access_by_thread
-
-
-def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = _get_current
-
-    async def access() -> Any:
+    async def of_lifespan() -> Any:
         try:
             lifespan = get_current().lifespan
             if lifespan.loop is get_running_loop():
@@ -186,7 +252,7 @@ def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
             pass
         return await scope_for(resource).get(resource)
 
-    async def access_by_thread() -> Any:
+    async def of_lifespan_by_thread() -> Any:
         try:
             lifespan = get_current().lifespan
             if lifespan.thread == get_ident():
@@ -195,38 +261,66 @@ def _async_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
             pass
         return await scope_for(resource).get(resource)
 
-    return access if _BY_LOOP else access_by_thread
+    async def of_response() -> Any:
+        return await scope_for(resource).get(resource)
+
+    def get_nowait() -> Any:
+        return scope_for(resource).get_nowait(resource)
+
+    async def release() -> None:
+        if (scope := scope_holding(resource)) is not None:
+            await scope.release(resource)
+
+    def stand_in(other: Resource[Any]) -> None:
+        nonlocal resource
+        resource = other
+
+    if resource.lifetime is Lifetime.REQUEST:
+        access: Any = of_request if _BY_LOOP else of_request_by_thread
+    elif resource.lifetime is Lifetime.LIFESPAN:
+        access = of_lifespan if _BY_LOOP else of_lifespan_by_thread
+    else:
+        access = of_response
+    access.get_nowait, access.stand_in = get_nowait, stand_in
+    if resource.lifetime is not Lifetime.LIFESPAN:
+        access.release = release
+    return access
 
 
-def _sync_of_request(resource: Resource[Any]) -> Callable[[], Any]:
+def _sync_resource(resource: Resource[Any]) -> Any:
     get_current = _get_current
 
-    def access() -> Any:
+    def of_request() -> Any:
         try:
             return get_current().values[resource]
         except (KeyError, AttributeError):
             pass
         return scope_for(resource).get_sync(resource)
 
-    return access
-
-
-def _sync_of_lifespan(resource: Resource[Any]) -> Callable[[], Any]:
-    get_current = _get_current
-
-    def access() -> Any:
+    def of_lifespan() -> Any:
         try:
             return get_current().lifespan.values[resource]
         except (KeyError, AttributeError):
             pass
         return scope_for(resource).get_sync(resource)
 
+    def of_response() -> Any:
+        return scope_for(resource).get_sync(resource)
+
+    def release() -> None:
+        if (scope := scope_holding(resource)) is not None:
+            scope.release_sync(resource)
+
+    def stand_in(other: Resource[Any]) -> None:
+        nonlocal resource
+        resource = other
+
+    access: Any = {
+        Lifetime.REQUEST: of_request,
+        Lifetime.LIFESPAN: of_lifespan,
+        Lifetime.RESPONSE: of_response,
+    }[resource.lifetime]
+    access.stand_in = stand_in
+    if resource.lifetime is not Lifetime.LIFESPAN:
+        access.release = release
     return access
-
-
-_ACCESS = {
-    (True, Lifetime.REQUEST): _async_of_request,
-    (True, Lifetime.LIFESPAN): _async_of_lifespan,
-    (False, Lifetime.REQUEST): _sync_of_request,
-    (False, Lifetime.LIFESPAN): _sync_of_lifespan,
-}

@@ -31,7 +31,8 @@ its factory used; they are taken out again last in, first out.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import threading
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
@@ -59,6 +60,7 @@ logger = logging.getLogger("scoped")
 
 
 class Lifetime(Enum):
+    RESPONSE = "response"
     REQUEST = "request"
     LIFESPAN = "lifespan"
 
@@ -66,6 +68,9 @@ class Lifetime(Enum):
 # The open scope; while a factory runs, its set-up, which knows the scope. A factory's child tasks
 # copy it, so circles show through them too.
 current: ContextVar["Scope | SetUp | None"] = ContextVar("scoped.current", default=None)
+
+# Held while a table is made that more than one thread may want to make.
+_lock = threading.Lock()
 
 # Seconds for which sync code in the event loop's thread waits for another
 # thread, which may itself be waiting for that loop.
@@ -75,7 +80,7 @@ _LOOP_PATIENCE = 10.0
 def scope_here() -> "Scope | None":
     """The scope that is current, be it open or closed."""
     here = current.get()
-    return here.scope if isinstance(here, SetUp) else here
+    return here.scope.visible if isinstance(here, SetUp) else here
 
 
 def _asker() -> SetUp | None:
@@ -136,20 +141,27 @@ class Scope:
         "_finalizers",
         "_pending",
         "_previous",
+        "_releases",
         "_state",
-        "_sync_only",
+        "_uses",
         "failure",
+        "has_responded",
         "lifespan",
         "loop",
         "name",
         "owner",
+        "request",
+        "response",
         "served",
+        "sync_only",
         "thread",
         "values",
     )
 
     lifetime: ClassVar[Lifetime]
     owns_set_ups: ClassVar[bool] = False  # whether its owner runs factories inline
+    # What to do for whom it closes too early.
+    closed_hint: ClassVar[str] = ""
     # Seconds that one resource's teardown may take before it is cancelled.
     teardown_timeout: ClassVar[float] = 10.0
     # Seconds that a closing lifespan waits for requests that are still open.
@@ -161,12 +173,18 @@ class Scope:
         # Generators to be finished by the owner; keepers; and where else they were started.
         self._finalizers: dict[Resource[Any], Any] = {}
         self._pending: dict[Resource[Any], SetUp] = {}
+        # What each used that was set up, where it used any; and who releases some of them now.
+        self._uses: dict[Resource[Any], list[Resource[Any]]] | None = None
+        self._releases: set[asyncio.Future[None]] | None = None
         self._state = "new"
         self._previous: Scope | SetUp | None = None
-        self._sync_only = False
+        self.sync_only = False
         self._closer: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None  # what ended it, for factories to see
         self.lifespan: LifespanScope | None = None
+        self.response: Scope | None = None  # holds what lives until the response
+        self.has_responded = False
+        self.request: Any = None  # Django's, where there is one
         self.served = False  # opened by a server's handler, so not the last of its process
         self.loop: asyncio.AbstractEventLoop | None = None
         self.owner: asyncio.Task[Any] | None = None
@@ -181,6 +199,11 @@ class Scope:
     @property
     def is_open(self) -> bool:
         return self._state == "open"
+
+    @property
+    def visible(self) -> "Scope":
+        """What is current when this one is at work."""
+        return self
 
     # First use
 
@@ -218,10 +241,10 @@ class Scope:
 
     def _check_open(self, resource: "Resource[Any]") -> None:
         if self._state != "open" and not (self._state == "closing" and resource in self.values):
-            raise ScopeClosedError(resource, self)
+            raise ScopeClosedError(resource, self, self.closed_hint)
 
     def _check_loop(self, resource: "Resource[Any]") -> None:
-        if self._sync_only:
+        if self.sync_only:
             raise AsyncResourceError(
                 resource,
                 self,
@@ -277,6 +300,8 @@ class Scope:
                 await self._refuse(resource, generator)
             if generator is not None:
                 self._finalizers[resource] = generator
+            if set_up.uses is not None:
+                (self._uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
         except BaseException as raised:
             error = _explained(resource, raised)
@@ -294,6 +319,12 @@ class Scope:
             del error
         return value
 
+    def _make_uses(self) -> "dict[Resource[Any], list[Resource[Any]]]":
+        with _lock:
+            if self._uses is None:
+                self._uses = {}
+            return self._uses
+
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
         """What is set up only after the scope has begun to close is torn down at once."""
         if generator is not None:
@@ -301,7 +332,7 @@ class Scope:
                 await self._finish_in_time(resource, generator, self.failure)
             except Exception as error:
                 self._log(error)  # perhaps nobody waits any more to be told
-        raise ScopeClosedError(resource, self)
+        raise ScopeClosedError(resource, self, self.closed_hint)
 
     def _hand_to_keeper(self, set_up: SetUp) -> None:
         self._pending[set_up.resource] = set_up
@@ -335,6 +366,8 @@ class Scope:
                 await self._refuse(resource, generator)
             if generator is not None:
                 keeper = self._finalizers[resource] = _Keeper(generator)
+            if set_up.uses is not None:
+                (self._uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             del value, generator, coming
         except BaseException as raised:
@@ -343,7 +376,7 @@ class Scope:
                 raise
             return
         finally:
-            current.set(self)
+            current.set(self.visible)
             self._pending.pop(resource, None)
             set_up.settle(error)
             del error
@@ -384,6 +417,20 @@ class Scope:
 
     async def _close_abandoned(self, failure: BaseException) -> None:
         await self._end(failure)
+
+    def get_nowait(self, resource: "Resource[Any]") -> Any:
+        """The value of an async resource, for sync code, where it is set up already."""
+        self._check_open(resource)
+        try:
+            return self.values[resource]
+        except KeyError:
+            pass
+        raise AsyncResourceError(
+            resource,
+            self,
+            "it has not been set up yet, and sync code cannot wait for that",
+            "Await it before, in a middleware, say; or use `async_to_sync(...)()`.",
+        )
 
     def get_sync(self, resource: "Resource[Any]") -> Any:
         """The value of a sync resource, set up now if need be, in this thread."""
@@ -445,17 +492,19 @@ class Scope:
             else:
                 context.run(current.set, set_up)
                 generator, value = context.run(resource.factory.start)
-                context.run(current.set, self)
+                context.run(current.set, self.visible)
             if generator is not None:
                 self._finalizers[resource] = (
                     generator if context is None else _Elsewhere(generator, context)
                 )
+            if set_up.uses is not None:
+                (self._uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             # Looked at after the value is in, for another thread may be closing the scope:
             # either its teardown still finds the value, or this finds the scope closed.
             if self._state != "open":
                 self._take_back(resource)
-                raise ScopeClosedError(resource, self)
+                raise ScopeClosedError(resource, self, self.closed_hint)
         except BaseException as raised:
             error = _explained(resource, raised)
             raise
@@ -520,6 +569,15 @@ class Scope:
         failure = self.failure
         errors: list[Exception] = []
         fatal: BaseException | None = await self._stop_set_ups() if self._pending else None
+        if self._releases:
+            fatal = await outlast(*self._releases) or fatal
+        if self.response is not None:
+            try:
+                await self.response.close(failure)
+            except TeardownError as error:
+                errors.extend(error.exceptions)
+            except BaseException as error:
+                fatal = _graver(fatal, error)
         while self.values:
             try:
                 resource = self.values.popitem()[0]
@@ -529,16 +587,9 @@ class Scope:
             if finalizer is None:
                 continue
             try:
-                if isinstance(finalizer, _Keeper):
-                    await self._finish_in_keeper(resource, finalizer, failure)
-                elif isinstance(finalizer, _Elsewhere):
-                    await self._finish_elsewhere(resource, finalizer, failure)
-                elif resource.factory.is_async:
-                    rest = resource.factory.finish(finalizer, failure)
-                    if rest is not None:
-                        await finish_in_time(rest, resource, self)
-                else:
-                    resource.factory.finish(finalizer, failure)
+                rest = self._tear_down(resource, finalizer, failure)
+                if rest is not None:
+                    await rest
             except Exception as error:
                 error.add_note(f"while {resource} was torn down")
                 errors.append(error)
@@ -553,6 +604,9 @@ class Scope:
                 errors.append(error)
             except BaseException as error:
                 fatal = _graver(fatal, error)
+        self._raise(fatal, errors)
+
+    def _raise(self, fatal: BaseException | None, errors: list[Exception]) -> None:
         try:
             if fatal is not None:
                 if errors:
@@ -566,11 +620,120 @@ class Scope:
     def _let_go(self) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
-        self.failure = self.owner = self._closer = None
+        self.failure = self.owner = self._closer = self._uses = self.request = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
             self._previous = None
+
+    def _tear_down(
+        self, resource: "Resource[Any]", finalizer: Any, failure: BaseException | None
+    ) -> Awaitable[None] | None:
+        """Begin to; returns what is to be awaited for the rest, if there is any."""
+        if isinstance(finalizer, _Keeper):
+            return self._finish_in_keeper(resource, finalizer, failure)
+        if isinstance(finalizer, _Elsewhere):
+            return self._finish_elsewhere(resource, finalizer, failure)
+        rest = resource.factory.finish(finalizer, failure)
+        return None if rest is None else finish_in_time(rest, resource, self)
+
+    # Early release
+
+    async def release(self, resource: "Resource[Any]") -> None:
+        """
+        Tear it down now, and before it what has used it. Raises as ``close()`` does,
+        and AsyncResourceError where this is not the place: then nothing has changed.
+        """
+        self._check_loop(resource)
+        doomed = self._users_of(resource)
+        for scope, one in doomed:
+            scope.check_release(one, in_loop=True)
+        over = asyncio.get_running_loop().create_future()
+        holders = {self, *(scope for scope, _ in doomed)}
+        for holder in holders:
+            holder._releases = (holder._releases or set()) | {over}
+        errors: list[Exception] = []
+        fatal: BaseException | None = None
+        try:
+            for scope, one in doomed:
+                scope.values.pop(one, None)
+                if (finalizer := scope._finalizers.pop(one, None)) is None:
+                    continue
+                try:
+                    rest = scope._tear_down(one, finalizer, None)
+                    if rest is not None:
+                        await rest
+                except Exception as error:
+                    error.add_note(f"while {one} was released")
+                    errors.append(error)
+                except BaseException as error:
+                    fatal = _graver(fatal, error)
+        finally:
+            over.set_result(None)
+            for holder in holders:
+                holder._releases = (holder._releases or set()) - {over}
+        self._raise(fatal, errors)
+
+    def release_sync(self, resource: "Resource[Any]") -> None:
+        """As ``release()``, from sync code, for what is sync and was set up in this thread."""
+        doomed = self._users_of(resource)
+        for scope, one in doomed:
+            scope.check_release(one, in_loop=False)
+        errors: list[Exception] = []
+        for scope, one in doomed:
+            scope.values.pop(one, None)
+            finalizer = scope._finalizers.pop(one, None)
+            try:
+                if isinstance(finalizer, _Elsewhere):
+                    finalizer.context.run(one.factory.finish, finalizer.generator, None)
+                elif finalizer is not None:
+                    one.factory.finish(finalizer, None)
+            except Exception as error:
+                error.add_note(f"while {one} was released")
+                errors.append(error)
+        self._raise(None, errors)
+
+    def _users_of(self, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":
+        """What is to go when it goes, itself included, in the order of teardown."""
+        if self._state != "open":
+            return []
+        found: list[tuple[Scope, Resource[Any]]] = []
+        gone: set[Resource[Any]] = set()
+        for scope in (self,) if self.response is None else (self, self.response):
+            uses = scope._uses or {}
+            for one in list(scope.values):  # a user's set-up ends after that of what it uses
+                if one is resource or not gone.isdisjoint(uses.get(one, ())):
+                    gone.add(one)
+                    found.append((scope, one))
+        return found[::-1]
+
+    def check_release(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
+        finalizer = self._finalizers.get(resource)
+        if finalizer is None:
+            return
+        if not in_loop and resource.factory.is_async:
+            raise AsyncResourceError(
+                resource,
+                self,
+                "it is async, and uses what sync code is about to release",
+                "Release it first, with `await ....release()`.",
+            )
+        if isinstance(finalizer, _Elsewhere):
+            here = in_loop or finalizer.thread == get_ident()
+        elif isinstance(finalizer, _Keeper):
+            here = True
+        else:
+            here = self.thread == get_ident() and self.owner is current_task()
+        if not here:
+            raise AsyncResourceError(
+                resource,
+                self,
+                "what is torn down must be so where it was set up, and that is elsewhere",
+                "Release it in the task or thread that used it first: for what a view has used, in "
+                "the view itself.",
+            )
+
+    # Closing, in parts
 
     async def _stop_set_ups(self) -> asyncio.CancelledError | None:
         """
@@ -612,7 +775,7 @@ class Scope:
         def finish() -> None:
             elsewhere.context.run(resource.factory.finish, elsewhere.generator, failure)
 
-        if self._sync_only or elsewhere.thread == get_ident():
+        if self.sync_only or elsewhere.thread == get_ident():
             finish()
         else:
             # In a task, as asgiref drops what is cancelled before the thread gets to it. In

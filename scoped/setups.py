@@ -21,12 +21,13 @@ class SetUp:
     scope: so what its code and its child tasks ask for is known to be asked by it.
     """
 
-    __slots__ = ("done", "keeper", "latch", "needs", "resource", "scope", "waiters")
+    __slots__ = ("done", "keeper", "latch", "needs", "resource", "scope", "uses", "waiters")
 
     # An access finds these, and takes the long way, which notes who asks.
     loop: ClassVar[None] = None
     thread: ClassVar[int] = 0
     lifespan: ClassVar[None] = None
+    response: ClassVar[None] = None
     values: ClassVar[Mapping["Resource[Any]", Any]] = {}
 
     def __init__(
@@ -36,8 +37,9 @@ class SetUp:
         self.scope = scope
         self.done = False
         self.keeper: asyncio.Task[None] | None = None
-        # What its factory waits for right now.
+        # What its factory waits for right now, and all that it has asked for.
         self.needs: list[SetUp] | None = None
+        self.uses: list[Resource[Any]] | None = None
         # Tasks that wait for it, where it is async; threads wait for the latch, where it is sync.
         self.waiters: list[asyncio.Future[BaseException | None]] | None = None
         self.latch = latch
@@ -58,6 +60,12 @@ class SetUp:
             latch, self.latch = self.latch, None
             latch.error = error
             latch.lock.release()
+
+    def use(self, resource: "Resource[Any]") -> None:
+        if self.uses is None:
+            self.uses = [resource]
+        else:
+            self.uses.append(resource)
 
     def need_new(self, other: "SetUp") -> None:
         """What has just begun can close no circle yet."""

@@ -72,7 +72,7 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("asgi", "await self.attempt(_close_stream(self.response))", "pass"),
+        ("asgi", "await self.attempt(close_stream(self.response))", "pass"),
     ),
     mutation(
         "a sync view that runs on is not waited for",
@@ -84,11 +84,11 @@ MUTATIONS = [
     ),
     mutation(
         "the response's closers are not run",
-        ("asgi", "for closer in response._resource_closers:", "for closer in ():"),
+        ("handlers", "for closer in response._resource_closers:", "for closer in ():"),
     ),
     mutation(
         "the view's failure is not noted",
-        ("asgi", "        note_failure(exception)\n", ""),
+        ("handlers", "        note_failure(exception)\n", ""),
     ),
     # Cancellation
     mutation(

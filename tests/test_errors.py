@@ -121,7 +121,8 @@ async def test_lifetime_error() -> None:
     error = caught.value
     assert isinstance(error, LifetimeError)
     assert (error.resource, error.needed) == (pool.resource, db.resource)
-    assert f"{pool.resource} lives as long as the server and asked for {db.resource}" in str(error)
+    message = f"{pool.resource}, whose lifetime is the lifespan's, asked for {db.resource}"
+    assert message in str(error)
 
 
 def test_async_resource_error() -> None:

@@ -19,7 +19,7 @@ CORE = [
     *("scopes", "lifespans", "requests", "resources", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "threads", "conf", "checks", "apps", "testing"]
-DJANGO += ["management/commands/scoped"]
+DJANGO += ["handlers", "wsgi", "management/commands/scoped"]
 THERE = [name for name in DJANGO if (PACKAGE / f"{name}.py").exists()]  # some are yet to come
 
 

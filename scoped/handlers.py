@@ -1,0 +1,91 @@
+"""
+What our handlers tell a request's scope: its request, what its view failed with,
+and that its response is about to be sent.
+"""
+
+from contextlib import suppress
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.core.handlers.base import BaseHandler
+from django.core.handlers.exception import response_for_exception
+
+from scoped.exceptions import TeardownError
+from scoped.receivers import note_failure
+from scoped.requests import RequestScope
+from scoped.scopes import scope_here
+from scoped.waiting import run_without_loop
+
+__all__ = ["ScopedHandler", "close_resources", "close_stream"]
+
+
+class ScopedHandler(BaseHandler):
+    """A base of ours beside one of Django's: ``class X(ScopedHandler, ASGIHandler)``."""
+
+    def get_response(self, request: Any) -> Any:
+        scope = _scope_of(request)
+        response = super().get_response(request)
+        if scope is not None:
+            try:
+                run_without_loop(scope.end_response())
+            except TeardownError as error:
+                note_failure(error)
+                response = _replace(response, request, error)
+        return response
+
+    async def get_response_async(self, request: Any) -> Any:
+        scope = _scope_of(request)
+        response = await super().get_response_async(request)
+        if scope is not None:
+            try:
+                await scope.end_response()
+            except TeardownError as error:
+                note_failure(error)
+                await close_stream(response)
+                response = await sync_to_async(_replace, thread_sensitive=False)(
+                    response, request, error
+                )
+            except BaseException:
+                close_resources(response)  # nobody else will see it
+                raise
+        return response
+
+    def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
+        # Django calls this for whatever a view raises, a 404 included: the one place to see it.
+        note_failure(exception)
+        return super().process_exception_by_middleware(exception, request)
+
+
+def _scope_of(request: Any) -> RequestScope | None:
+    scope = scope_here()
+    if not isinstance(scope, RequestScope) or not scope.is_open or scope.request is not None:
+        return None  # not opened for this request
+    scope.request = request
+    return scope
+
+
+def _replace(response: Any, request: Any, error: TeardownError) -> Any:
+    """What Django answers to a view's error, which it logs; it closes what the other had to."""
+    new: Any = response_for_exception(request, error)
+    new._resource_closers.extend(response._resource_closers)
+    response._resource_closers.clear()
+    return new
+
+
+async def close_stream(response: Any) -> None:
+    """
+    Django leaves a stream that was not consumed to its end to the garbage
+    collector: it would be closed late, in another task.
+    """
+    iterator: Any = getattr(response, "_iterator", None)
+    if hasattr(iterator, "aclose"):
+        await iterator.aclose()
+
+
+def close_resources(response: Any) -> None:
+    """What ``HttpResponseBase.close()`` does before it sends the signal."""
+    for closer in response._resource_closers:
+        with suppress(Exception):
+            closer()
+    response._resource_closers.clear()
+    response.closed = True
