@@ -146,8 +146,12 @@ async def test_the_body_is_passed_on(recipe, serve, upstream):
 async def test_nobody_downloads_for_nobody(recipe, serve, upstream):
     project = recipe(PASSED_ON)
 
-    async def view(request):
-        return await project.views.download(request)
+    kept = []  # so that it is not the garbage collector that closes it
+
+    async def fails(request):
+        await project.views.download(request)
+        kept.append(await project.resources.until_the_end())
+        raise ValueError
 
     got = asyncio.Event()
 
@@ -156,7 +160,11 @@ async def test_nobody_downloads_for_nobody(recipe, serve, upstream):
             got.set()
 
     upstream_answer, upstream.answer = upstream.answer, lambda _, w: upstream_answer("/endless", w)
-    async with serve(path("", view), UPSTREAM=upstream.url) as site:
+    async with serve(
+        path("", project.views.download), path("fails", fails), UPSTREAM=upstream.url
+    ) as site:
+        assert (await site.get("/fails")).status == 500
+        await upstream.closed()
         connection = site.open("/", before_send=note)
         task = connection.start()
         await got.wait()
