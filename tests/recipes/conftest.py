@@ -1,0 +1,141 @@
+import asyncio
+import importlib
+import sys
+from contextlib import asynccontextmanager
+from types import ModuleType, SimpleNamespace
+
+import asyncpg
+import pytest
+from django.test import override_settings
+from redis.asyncio import Redis
+
+from scoped.asgi import ScopedASGIHandler
+from tests.connection import Connection
+from tests.recipes import pages
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Imports the files of one section of a page, or of several, as a project would."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {}
+
+    def load(page, *names):
+        files = {}
+        for name in names:
+            files |= pages.files(page, name)
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+            module = name.removesuffix(".py")
+            before.setdefault(module, sys.modules.pop(module, None))
+        importlib.invalidate_caches()
+        return {name: importlib.import_module(name.removesuffix(".py")) for name in files}
+
+    def load_all(*sections):
+        """Sections are a page and headings in it; later files stand in for earlier ones."""
+        modules = {}
+        for page, *names in sections:
+            modules |= load(page, *names)
+        return SimpleNamespace(
+            **{name.removesuffix(".py"): module for name, module in modules.items()}
+        )
+
+    yield load_all
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+@asynccontextmanager
+async def lifespan(application):
+    """What a server does at its start and at its end."""
+    received: asyncio.Queue = asyncio.Queue()
+    sent: asyncio.Queue = asyncio.Queue()
+    task = asyncio.create_task(application({"type": "lifespan"}, received.get, sent.put))
+    received.put_nowait({"type": "lifespan.startup"})
+    assert await sent.get() == {"type": "lifespan.startup.complete"}
+    try:
+        yield
+    finally:
+        received.put_nowait({"type": "lifespan.shutdown"})
+        assert await sent.get() == {"type": "lifespan.shutdown.complete"}
+        await task
+
+
+@pytest.fixture
+def serve():
+    """
+    Serves urlpatterns, or another ASGI application. Within, ``get(path)`` makes a
+    request; ``open(path)`` one whose client may go away.
+    """
+
+    @asynccontextmanager
+    async def serve(*urlpatterns, application=None, **settings):
+        urls = ModuleType("urls")
+        urls.urlpatterns = list(urlpatterns)
+        if application is None:
+            application = ScopedASGIHandler()
+
+        def open_connection(path, **kwargs):
+            path, _, query = path.partition("?")
+            return Connection(application, path, query_string=query.encode(), **kwargs)
+
+        async def get(path, **kwargs):
+            connection = open_connection(path, **kwargs)
+            await connection.run()
+            assert connection.complete
+            return connection
+
+        with override_settings(**{"ROOT_URLCONF": urls, **settings}):
+            async with lifespan(application):
+                yield SimpleNamespace(get=get, open=open_connection)
+
+    return serve
+
+
+@pytest.fixture
+async def notes(postgres_url, monkeypatch):
+    """A table, and what is in it as another connection sees it."""
+    monkeypatch.setenv("DATABASE_URL", postgres_url)
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute("DROP TABLE IF EXISTS notes")
+    await connection.execute("CREATE TABLE notes (id serial PRIMARY KEY, text text NOT NULL)")
+
+    async def texts():
+        return [row["text"] for row in await connection.fetch("SELECT text FROM notes ORDER BY id")]
+
+    yield texts
+    await connection.execute("DROP TABLE notes")
+    await connection.close()
+
+
+@pytest.fixture
+async def backends(postgres_url):
+    """Asks the server how many other connections it has, or waits until it has so many."""
+    connection = await asyncpg.connect(postgres_url)
+
+    async def count(condition="true"):
+        others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        return await connection.fetchval(
+            f"SELECT count(*) FROM pg_stat_activity WHERE {others} AND {condition}"  # noqa: S608
+        )
+
+    async def reach(number, condition="true"):
+        async with asyncio.timeout(5):
+            while await count(condition) != number:
+                await asyncio.sleep(0.01)
+
+    count.reach = reach
+    yield count
+    await connection.close()
+
+
+@pytest.fixture
+async def keys(redis_url, monkeypatch):
+    """A connection to look at Redis with, without what the tests leave there."""
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    async with Redis.from_url(redis_url, decode_responses=True) as client:
+        await client.delete("visits", "invoice-7")
+        yield client
+        await client.delete("visits", "invoice-7")

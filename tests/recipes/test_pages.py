@@ -1,0 +1,40 @@
+"""That nothing in the pages goes untested, and no link leads nowhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.recipes import pages
+
+TESTS = "".join(test.read_text() for test in Path(__file__).parent.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("page", pages.names())
+def test_every_section_with_code_is_run(page):
+    for section in pages.sections(page):
+        assert re.search(rf'"{page}",(?: "[^"]+",)* "{section}"', TESTS), section
+
+
+@pytest.mark.parametrize("page", pages.names())
+def test_every_block_of_code_is_in_a_section(page):
+    text = (pages.DIRECTORY / page).read_text()
+    assert len(pages.BLOCK.findall(text)) == sum(
+        len(pages.BLOCK.findall(section)) for section in pages.sections(page).values()
+    )
+    assert text.count("\n```") == 2 * len(pages.BLOCK.findall(text))
+
+
+def test_the_index_has_every_page():
+    linked = re.findall(r"\]\((\w+\.md)\)", (pages.DIRECTORY / "README.md").read_text())
+    assert sorted([*linked, "README.md"]) == pages.names()
+
+
+@pytest.mark.parametrize("page", pages.names())
+def test_links_lead_somewhere(page):
+    text = (pages.DIRECTORY / page).read_text()
+    for target, anchor in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", text):
+        headings = pages.HEADING.findall((pages.DIRECTORY / target).read_text())
+        assert not anchor or anchor in [
+            heading.lower().replace(" ", "-").replace(".", "") for heading in headings
+        ]
