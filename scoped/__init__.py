@@ -16,6 +16,7 @@ from scoped.exceptions import (
     ScopedError,
     TeardownError,
 )
+from scoped.inspection import OpenScope, inspect
 from scoped.lifespans import lifespan_scope
 from scoped.requests import current_scope, request_scope
 from scoped.resources import lifespan_scoped, request_scoped
@@ -26,10 +27,12 @@ __all__ = [
     "FactoryError",
     "LifetimeError",
     "NoScopeError",
+    "OpenScope",
     "ScopeClosedError",
     "ScopedError",
     "TeardownError",
     "current_scope",
+    "inspect",
     "lifespan_scope",
     "lifespan_scoped",
     "request_scope",

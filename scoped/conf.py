@@ -3,6 +3,7 @@ The project's settings, one dict::
 
     SCOPED = {
         "TEARDOWN_TIMEOUT": 10.0,  # seconds that one resource's teardown may take
+        "SLOW_TEARDOWN": 1.0,  # seconds after which a teardown is logged as slow
         "SHUTDOWN_TIMEOUT": 10.0,  # seconds that shutdown waits for open requests
         "MAX_IDLE_THREADS": 6,  # kept for the sync code of requests to come; as Python's thread
                                 # pools, by default: the number of CPUs and 4, 32 at most
@@ -23,6 +24,7 @@ __all__ = ["configure", "problems"]
 
 _DEFAULTS = {
     "TEARDOWN_TIMEOUT": Scope.teardown_timeout,
+    "SLOW_TEARDOWN": Scope.slow_teardown,
     "SHUTDOWN_TIMEOUT": Scope.shutdown_timeout,
     "MAX_IDLE_THREADS": LentThread.max_idle,
 }
@@ -49,7 +51,7 @@ def problems() -> list[tuple[str, str]]:
 
 def _correction(key: str, value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key.endswith("_TIMEOUT") and not (is_number and value > 0):
+    if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not (is_number and value > 0):
         return "Set it to a number of seconds greater than 0."
     if key == "MAX_IDLE_THREADS" and not (is_number and value >= 0 and value % 1 == 0):
         return "Set it to a number of threads, 0 or more."
@@ -65,6 +67,7 @@ def configure() -> None:
         raise ImproperlyConfigured(" ".join(f"{problem} {hint}" for problem, hint in found))
     values = {**_DEFAULTS, **getattr(settings, "SCOPED", {})}
     Scope.teardown_timeout = values["TEARDOWN_TIMEOUT"]
+    Scope.slow_teardown = values["SLOW_TEARDOWN"]
     Scope.shutdown_timeout = values["SHUTDOWN_TIMEOUT"]
     LentThread.max_idle = int(values["MAX_IDLE_THREADS"])
 

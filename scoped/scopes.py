@@ -32,13 +32,15 @@ its factory used; they are taken out again last in, first out.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
 from threading import get_ident
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from scoped import events
 from scoped.exceptions import (
     AsyncResourceError,
     CircularResourceError,
@@ -47,7 +49,7 @@ from scoped.exceptions import (
     TeardownError,
 )
 from scoped.setups import Latch, SetUp
-from scoped.teardown import finish_in_time, timed_out
+from scoped.teardown import finish_in_time, timed_out, warn_if_slow
 from scoped.waiting import current_task, hop, outlast, running_loop
 
 if TYPE_CHECKING:
@@ -129,6 +131,14 @@ class _Elsewhere:
         self.thread = get_ident()
 
 
+def _taken_out(
+    doomed: "Iterable[tuple[Scope, Resource[Any]]]",
+) -> "Iterator[tuple[Scope, Resource[Any]]]":
+    for scope, resource in doomed:
+        scope.values.pop(resource, None)
+        yield scope, resource
+
+
 class Scope:
     """
     What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose
@@ -149,6 +159,7 @@ class Scope:
         "lifespan",
         "loop",
         "name",
+        "opened",
         "owner",
         "request",
         "response",
@@ -164,6 +175,8 @@ class Scope:
     closed_hint: ClassVar[str] = ""
     # Seconds that one resource's teardown may take before it is cancelled.
     teardown_timeout: ClassVar[float] = 10.0
+    # Seconds after which a teardown is said to be slow.
+    slow_teardown: ClassVar[float] = 1.0
     # Seconds that a closing lifespan waits for requests that are still open.
     shutdown_timeout: ClassVar[float] = 10.0
 
@@ -188,6 +201,7 @@ class Scope:
         self.served = False  # opened by a server's handler, so not the last of its process
         self.loop: asyncio.AbstractEventLoop | None = None
         self.owner: asyncio.Task[Any] | None = None
+        self.opened = 0.0  # by perf_counter(), in seconds
         self.thread = 0  # that of its event loop, or of the sync code that opened it
 
     def __str__(self) -> str:
@@ -204,6 +218,9 @@ class Scope:
     def visible(self) -> "Scope":
         """What is current when this one is at work."""
         return self
+
+    def being_set_up(self) -> "list[Resource[Any]]":
+        return list(self._pending)
 
     # First use
 
@@ -270,6 +287,8 @@ class Scope:
         """Wait for a set-up, which the first to do so starts. Returns its error, if any."""
         if asker is not None:
             asker.need(set_up)
+            if first:
+                set_up.asked_by = asker.resource
         if set_up.waiters is None:
             set_up.waiters = []
         waiter: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
@@ -292,6 +311,7 @@ class Scope:
         if asker is not None:
             asker.need_new(set_up)
         error: BaseException | None = None
+        began = 0.0 if events.observer is None else perf_counter()
         current.set(set_up)
         try:
             generator, coming = resource.factory.start()
@@ -316,8 +336,18 @@ class Scope:
             set_up.done = True
             if set_up.waiters is not None:
                 set_up.settle(error)
+            if began:
+                self._tell_of_set_up(set_up, began, error, asker)
             del error
         return value
+
+    def _tell_of_set_up(
+        self, set_up: SetUp, began: float, error: BaseException | None, asker: SetUp | None
+    ) -> None:
+        if (observer := events.observer) is not None:
+            asked_by = set_up.asked_by if asker is None else asker.resource
+            seconds = perf_counter() - began
+            observer.resource_set_up(set_up.resource, self.visible, seconds, error, asked_by)
 
     def _make_uses(self) -> "dict[Resource[Any], list[Resource[Any]]]":
         with _lock:
@@ -358,6 +388,7 @@ class Scope:
         resource = set_up.resource
         error: BaseException | None = None
         keeper: _Keeper | None = None
+        began = 0.0 if events.observer is None else perf_counter()
         current.set(set_up)
         try:
             generator, coming = resource.factory.start()
@@ -379,6 +410,8 @@ class Scope:
             current.set(self.visible)
             self._pending.pop(resource, None)
             set_up.settle(error)
+            if began:
+                self._tell_of_set_up(set_up, began, error, None)
             del error
         if keeper is not None:
             cancellation = await self._await_verdict(resource, keeper)
@@ -485,6 +518,7 @@ class Scope:
             asker.need(set_up)
         outer = current.get()
         error: BaseException | None = None
+        began = 0.0 if events.observer is None else perf_counter()
         try:
             if context is None:
                 current.set(set_up)
@@ -515,6 +549,8 @@ class Scope:
                 asker.got(set_up)
             del self._pending[resource]
             set_up.settle(error)
+            if began:
+                self._tell_of_set_up(set_up, began, error, asker)
             del error
         return value
 
@@ -539,10 +575,13 @@ class Scope:
         self.loop = loop
         self.owner = owner
         self.thread = get_ident()
+        self.opened = perf_counter()
         previous = current.get()
         if previous is not None and previous.is_open:
             self._previous = previous
         current.set(self)
+        if (observer := events.observer) is not None:
+            observer.scope_opened(self)
 
     def leave(self) -> None:
         """Make the scope around this one current again, if it is still open."""
@@ -578,25 +617,9 @@ class Scope:
                 errors.extend(error.exceptions)
             except BaseException as error:
                 fatal = _graver(fatal, error)
-        while self.values:
-            try:
-                resource = self.values.popitem()[0]
-            except KeyError:  # a thread that was setting it up took it back, since the look
-                continue
-            finalizer = self._finalizers.pop(resource, None)
-            if finalizer is None:
-                continue
-            try:
-                rest = self._tear_down(resource, finalizer, failure)
-                if rest is not None:
-                    await rest
-            except Exception as error:
-                error.add_note(f"while {resource} was torn down")
-                errors.append(error)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
+        fatal = await self._tear_down_all(self._last_first(), failure, errors, fatal)
+        self._let_go(failure)
         del failure
-        self._let_go()
         if self.lifespan is not None:
             try:
                 await self._closed()
@@ -617,9 +640,51 @@ class Scope:
         finally:
             del fatal, errors
 
-    def _let_go(self) -> None:
+    def _last_first(self) -> "Iterator[tuple[Scope, Resource[Any]]]":
+        while self.values:
+            try:
+                yield self, self.values.popitem()[0]
+            except KeyError:  # a thread that was setting it up took it back, since the look
+                continue
+
+    async def _tear_down_all(
+        self,
+        doomed: "Iterable[tuple[Scope, Resource[Any]]]",
+        failure: BaseException | None,
+        errors: list[Exception],
+        fatal: BaseException | None = None,
+    ) -> BaseException | None:
+        """
+        Each in turn, whatever happens to the others. Collects the errors; returns
+        the reason to stop, if there is one, for the caller to raise in the end.
+        """
+        for scope, resource in doomed:
+            finalizer = scope._finalizers.pop(resource, None)
+            if finalizer is None:
+                continue
+            began = 0.0 if events.observer is None else perf_counter()
+            raised: BaseException | None = None
+            try:
+                rest = scope._tear_down(resource, finalizer, failure)
+                if rest is not None:
+                    await rest
+            except Exception as error:
+                error.add_note(f"while {resource} was torn down")
+                errors.append(error)
+                raised = error
+            except BaseException as error:
+                fatal = raised = _graver(fatal, error)
+            if began and (observer := events.observer) is not None:
+                seconds = perf_counter() - began
+                observer.resource_torn_down(resource, scope.visible, seconds, raised)
+            del raised
+        return fatal
+
+    def _let_go(self, failure: BaseException | None = None) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
+        if (observer := events.observer) is not None and self.visible is self:
+            observer.scope_closed(self, perf_counter() - self.opened, failure)
         self.failure = self.owner = self._closer = self._uses = self.request = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
@@ -655,19 +720,7 @@ class Scope:
         errors: list[Exception] = []
         fatal: BaseException | None = None
         try:
-            for scope, one in doomed:
-                scope.values.pop(one, None)
-                if (finalizer := scope._finalizers.pop(one, None)) is None:
-                    continue
-                try:
-                    rest = scope._tear_down(one, finalizer, None)
-                    if rest is not None:
-                        await rest
-                except Exception as error:
-                    error.add_note(f"while {one} was released")
-                    errors.append(error)
-                except BaseException as error:
-                    fatal = _graver(fatal, error)
+            fatal = await self._tear_down_all(_taken_out(doomed), None, errors)
         finally:
             over.set_result(None)
             for holder in holders:
@@ -778,11 +831,13 @@ class Scope:
         if self.sync_only or elsewhere.thread == get_ident():
             finish()
         else:
+            began = perf_counter()
             # In a task, as asgiref drops what is cancelled before the thread gets to it. In
             # time, as nothing ends a thread that hangs.
             await self._finish_in_task(
                 resource, asyncio.create_task(hop(finish)), self.teardown_timeout
             )
+            warn_if_slow(resource, self, perf_counter() - began)
 
     async def _finish_in_task(
         self, resource: "Resource[Any]", task: "asyncio.Task[None]", seconds: float | None = None

@@ -21,7 +21,9 @@ class SetUp:
     scope: so what its code and its child tasks ask for is known to be asked by it.
     """
 
-    __slots__ = ("done", "keeper", "latch", "needs", "resource", "scope", "uses", "waiters")
+    __slots__ = (
+        *("asked_by", "done", "keeper", "latch", "needs", "resource", "scope", "uses", "waiters"),
+    )
 
     # An access finds these, and takes the long way, which notes who asks.
     loop: ClassVar[None] = None
@@ -35,6 +37,7 @@ class SetUp:
     ) -> None:
         self.resource = resource
         self.scope = scope
+        self.asked_by: Resource[Any] | None = None
         self.done = False
         self.keeper: asyncio.Task[None] | None = None
         # What its factory waits for right now, and all that it has asked for.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scoped.resources import Resource
     from scoped.scopes import Scope
 
-__all__ = ["finish_in_time", "timed_out"]
+__all__ = ["finish_in_time", "timed_out", "warn_if_slow"]
 
 logger = logging.getLogger("scoped")
 
@@ -25,6 +25,11 @@ def timed_out(resource: object, seconds: float) -> TimeoutError:
     )
 
 
+def warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
+    if seconds > scope.slow_teardown:
+        logger.warning("%s of %s took %.1f seconds to be torn down.", resource, scope, seconds)
+
+
 async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope: "Scope") -> None:
     """
     Await the rest of a teardown. Bounded by the scope's ``teardown_timeout``: then
@@ -34,7 +39,8 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
     assert task is not None
     loop = task.get_loop()
     watch, before = _watch_of(loop), task.cancelling()
-    watched = _Watched(task, resource, scope, loop.time() + scope.teardown_timeout)
+    began = loop.time()
+    watched = _Watched(task, resource, scope, began + scope.teardown_timeout)
     watch.add(watched)
     try:
         await rest
@@ -47,6 +53,7 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
             task.uncancel()
     if watched.overdue:
         raise timed_out(resource, scope.teardown_timeout)
+    warn_if_slow(resource, scope, loop.time() - began)
 
 
 class _Watched:

@@ -15,11 +15,12 @@ PACKAGE = Path(scoped.__file__).parent
 # The table under "Words and shape" in the design; those in one line may import each other's line
 # above only.
 CORE = [
-    *("exceptions", "factories", "waiting", "setups", "teardown"),
-    *("scopes", "lifespans", "requests", "resources", "yields"),
+    *("exceptions", "factories", "events", "waiting", "setups", "teardown"),
+    *("scopes", "lifespans", "requests", "resources"),
+    *("inspection", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "threads", "conf", "checks", "apps", "testing"]
-DJANGO += ["handlers", "wsgi", "management/commands/scoped"]
+DJANGO += ["handlers", "wsgi", "signals", "management/commands/scoped"]
 THERE = [name for name in DJANGO if (PACKAGE / f"{name}.py").exists()]  # some are yet to come
 
 

@@ -1,0 +1,111 @@
+"""
+Signals that say what happens to scopes and resources, for metrics, traces and
+timelines. While nothing is connected to any of them they cost nothing.
+
+``scope_opened``
+    sent with ``scope``
+
+``scope_closed``
+    sent with ``scope``, ``seconds`` (that it was open) and ``error`` (what ended
+    it, or None)
+
+``resource_set_up``
+    sent with ``resource``, ``scope``, ``seconds`` (that it took), ``error`` (why it
+    failed, or None) and ``asked_by`` (the resource whose factory asked for it, or
+    None)
+
+``resource_torn_down``
+    sent with ``resource``, ``scope``, ``seconds`` and ``error``
+
+The sender is the class of the scope. ``str(scope)`` is its name, and
+``scope.request`` Django's request, if it has one. Receivers are sync functions; they
+are called at once, in the task or thread in which it happens, so they must not wait.
+What they raise is logged (logger ``django.dispatch``), and changes nothing.
+"""
+
+from collections.abc import Callable
+from inspect import iscoroutinefunction
+from typing import Any
+
+from django.dispatch import Signal
+
+from scoped import events
+from scoped.resources import Resource
+from scoped.scopes import Scope
+
+__all__ = ["resource_set_up", "resource_torn_down", "scope_closed", "scope_opened"]
+
+
+class _Event(Signal):
+    def connect(
+        self,
+        receiver: Callable[..., Any],
+        sender: object = None,
+        weak: bool = True,
+        dispatch_uid: object = None,
+    ) -> None:
+        if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__")):  # noqa: B004, B009
+            raise TypeError(
+                f"{receiver!r} is async, and this signal is sent by code that cannot wait for it. "
+                "Connect a sync function, and hand on from there what takes longer."
+            )
+        super().connect(receiver, sender, weak, dispatch_uid)
+        _update()
+
+    def disconnect(
+        self,
+        receiver: Callable[..., Any] | None = None,
+        sender: object = None,
+        dispatch_uid: object = None,
+    ) -> bool:
+        disconnected = super().disconnect(receiver, sender, dispatch_uid)
+        _update()
+        return disconnected
+
+
+scope_opened = _Event()
+scope_closed = _Event()
+resource_set_up = _Event()
+resource_torn_down = _Event()
+
+
+class _Sender:
+    def scope_opened(self, scope: Scope) -> None:
+        scope_opened.send_robust(type(scope), scope=scope)
+
+    def scope_closed(self, scope: Scope, seconds: float, error: BaseException | None) -> None:
+        scope_closed.send_robust(type(scope), scope=scope, seconds=seconds, error=error)
+
+    def resource_set_up(
+        self,
+        resource: Resource[Any],
+        scope: Scope,
+        seconds: float,
+        error: BaseException | None,
+        asked_by: Resource[Any] | None,
+    ) -> None:
+        resource_set_up.send_robust(
+            type(scope),
+            resource=resource,
+            scope=scope,
+            seconds=seconds,
+            error=error,
+            asked_by=asked_by,
+        )
+
+    def resource_torn_down(
+        self,
+        resource: Resource[Any],
+        scope: Scope,
+        seconds: float,
+        error: BaseException | None,
+    ) -> None:
+        resource_torn_down.send_robust(
+            type(scope), resource=resource, scope=scope, seconds=seconds, error=error
+        )
+
+
+def _update() -> None:
+    listened_to = (scope_opened, scope_closed, resource_set_up, resource_torn_down)
+    anybody = any(signal.receivers for signal in listened_to)
+    events.observer = _Sender() if anybody else None
