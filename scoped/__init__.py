@@ -6,6 +6,7 @@ and it is set up on first use, once per request, and torn down when the request
 ends, however it ends.
 """
 
+from scoped.background import spawn
 from scoped.exceptions import (
     AsyncResourceError,
     CircularResourceError,
@@ -37,4 +38,5 @@ __all__ = [
     "lifespan_scoped",
     "request_scope",
     "request_scoped",
+    "spawn",
 ]

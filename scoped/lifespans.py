@@ -77,9 +77,12 @@ class LifespanScope(Scope):
                 return
         await self._close_abandoned(failure)
 
-    async def _close_abandoned(self, failure: BaseException | None) -> None:
+    async def _close_abandoned(
+        self, failure: BaseException | None, *, loop_ends: bool = False
+    ) -> None:
         cancellation = await self._requests_ended()
-        if not self._holders:  # else somebody has taken it over meanwhile
+        # Else somebody has taken it over meanwhile. When the event loop ends, nobody can drop it.
+        if not self._holders or loop_ends:
             await self._end(failure)
         if cancellation is not None:
             raise cancellation
@@ -98,6 +101,8 @@ class LifespanScope(Scope):
                 self.shutdown_timeout,
                 ", ".join(sorted(map(str, self._requests))),
             )
+            tasks = [task for request in list(self._requests) if (task := request.give_up())]
+            cancellation = await outlast(*tasks, seconds=self.teardown_timeout) or cancellation
         return cancellation
 
     def join(self, request: Scope) -> bool:

@@ -17,16 +17,20 @@ from weakref import WeakSet
 import django
 from asgiref.sync import SyncToAsync, async_to_sync
 from django.core.signals import got_request_exception, request_finished, request_started
+from django.db import close_old_connections
 from django.dispatch import Signal
 
 from scoped.exceptions import TeardownError
 from scoped.requests import RequestScope
 from scoped.scopes import scope_here
+from scoped.threads import tidiers
 from scoped.waiting import run_without_loop
 
 __all__ = ["close", "connect", "connect_handler", "note_failure", "tells_of_response"]
 
 logger = logging.getLogger("scoped")
+
+tidiers.append(close_old_connections)
 
 _our_handlers: WeakSet[type] = WeakSet()
 # Of the handlers that are served by sync receivers, those which call end_response().

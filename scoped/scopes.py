@@ -441,14 +441,14 @@ class Scope:
                 if self.is_open and self._closer is None and nobody_else:
                     self._closer = keeper.task
                     with suppress(asyncio.CancelledError):
-                        await self._close_abandoned(error)
+                        await self._close_abandoned(error, loop_ends=True)
                     self._closer = None
                     # Still there, if somebody else has begun to close: then that one's turn comes.
                     if resource not in self._finalizers:
                         break
         return cancellation
 
-    async def _close_abandoned(self, failure: BaseException) -> None:
+    async def _close_abandoned(self, failure: BaseException, *, loop_ends: bool) -> None:  # noqa: ARG002
         await self._end(failure)
 
     def get_nowait(self, resource: "Resource[Any]") -> Any:
@@ -865,6 +865,10 @@ class Scope:
     def _log_late(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log(error)
+
+    def give_up(self) -> "asyncio.Task[Any] | None":
+        """Its lifespan does not wait any longer. Returns a task that it has cancelled."""
+        return None
 
     async def _closed(self) -> None:
         """What is left to do when nothing is held any more."""

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["LentThread", "end_idle"]
+__all__ = ["LentThread", "end_idle", "tidiers", "tidy"]
 
 T = TypeVar("T")
+
+# What is called in a thread before and after work that is no request, as closing connections.
+tidiers: list[Callable[[], None]] = []
 
 _idle: deque[ThreadPoolExecutor] = deque()
 # Their threads are the parent's.
@@ -74,6 +77,11 @@ def _take_back(thread: ThreadPoolExecutor) -> None:
         _idle.append(thread)
     else:
         thread.shutdown(wait=False)
+
+
+def tidy() -> None:
+    for tidier in tidiers:
+        tidier()
 
 
 def end_idle() -> None:

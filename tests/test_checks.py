@@ -104,7 +104,10 @@ class TestSettings:
         monkeypatch.setattr(settings, "SCOPED", {"COLOUR": "red", 5: 5}, raising=False)
         [message] = found()
         assert "5, COLOUR" in message.msg
-        assert "Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, MAX_IDLE_THREADS." in message.hint
+        assert (
+            "Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, MAX_IDLE_THREADS."
+            in message.hint
+        )
         assert "Did you mean" not in message.hint
 
     def test_every_mistake_is_named_at_once(self, monkeypatch):

@@ -17,9 +17,9 @@ PACKAGE = Path(scoped.__file__).parent
 CORE = [
     *("exceptions", "factories", "events", "waiting", "setups", "teardown"),
     *("scopes", "lifespans", "requests", "resources"),
-    *("inspection", "yields"),
+    *("inspection", "threads", "background", "yields"),
 ]
-DJANGO = ["dispatch", "receivers", "asgi", "threads", "conf", "checks", "apps", "testing"]
+DJANGO = ["dispatch", "receivers", "asgi", "conf", "checks", "apps", "testing"]
 DJANGO += ["handlers", "wsgi", "signals", "management/commands/scoped"]
 THERE = [name for name in DJANGO if (PACKAGE / f"{name}.py").exists()]  # some are yet to come
 
