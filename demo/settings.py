@@ -37,6 +37,9 @@ TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP
 USE_TZ = True
 TIME_ZONE = "UTC"
 
+# Stock Django, since 6.1, leaves requests open that nothing ever closes: do not wait for long.
+SCOPED = {"SHUTDOWN_TIMEOUT": 1}
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

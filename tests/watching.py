@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import threading
+from contextlib import suppress
 from typing import Any, Self
 
 import httpx
@@ -21,27 +23,35 @@ class Page(Visitor):
         self.gauges: dict[str, dict[str, Any]] = {}
         self.messages: list[str] = []
         self.before = 0.0  # the time of the newest row that was there already
-        self._ended = threading.Event()
+        self._connection: socket.socket | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Self:
         super().__enter__()
         self._reader.start()
         eventually(lambda: self.gauges)
-        self.before = max((row["began"] for row in self.rows.values()), default=0)
+        self.start_anew()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-        self._reader.join()  # it hears from the demo every second
+        assert self._connection is not None
+        self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
         super().__exit__(*exc_info)
 
+    def start_anew(self) -> None:
+        """Forget the rows that there are."""
+        self.before = max((row["began"] for row in list(self.rows.values())), default=0)
+
     def _read(self) -> None:
-        with httpx.stream("GET", self.base_url.join("/events"), timeout=10) as response:
+        with (
+            suppress(httpx.TransportError),  # how it ends
+            httpx.stream("GET", self.base_url.join("/events"), timeout=10) as response,
+        ):
+            stream = response.extensions["network_stream"]
+            self._connection = stream.get_extra_info("socket")
             event = "message"
             for line in response.iter_lines():
-                if self._ended.is_set():
-                    break
                 if name := re.match(r"event: (\w+)", line):
                     event = name[1]
                 elif line.startswith("data: "):
