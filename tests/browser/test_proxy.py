@@ -3,7 +3,9 @@
 nginx, in front of web processes at 127.0.0.2, 127.0.0.3 and so on.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -45,7 +47,9 @@ class Site:
             assert text.count(there) == 1
             text = text.replace(there, here)
         self.configuration.write_text(text)
-        self.command = ["nginx", "-p", str(folder), "-c", str(self.configuration)]
+        program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        assert program, "nginx is not installed"
+        self.command = [program, "-p", str(folder), "-c", str(self.configuration)]
         self.command += ["-g", f"daemon off; pid {folder}/pid;"]
 
     @contextmanager
