@@ -110,7 +110,9 @@ function draw({ data, item, heard }) {
   const isSilent = data.ended === null && now() - heard > SILENT;
   const end = data.ended ?? (isSilent ? heard : now());
   const lives = Math.max(end - data.began, 0);
-  const axis = Math.max(AXIS, lives * 1.02);
+  const bars = tree(data.bars);
+  const lost = bars.filter((one) => one.ended === null && data.ended !== null);
+  const axis = Math.max(AXIS, lives * (lost.length ? 1.25 : 1.02)); // with room for what is lost
   const percent = (time) => `${Math.min(Math.max((time - data.began) / axis, 0), 1) * 100}%`;
   const shapes = [];
   const add = (name, attributes) => shapes.push([name, attributes]);
@@ -119,7 +121,6 @@ function draw({ data, item, heard }) {
     add("rect", { class: kind, x: percent(from), y: lane * LANE + (LANE - height) / 2, width, height, rx: 2 });
   };
   const step = [1, 5, 15, 60, 300, 3600].find((seconds) => axis / seconds <= 8) ?? 86400;
-  const bars = tree(data.bars);
   const height = LANE * Math.max(2, bars.length + 1);
   for (let second = 0; second <= axis; second += step) {
     const x = percent(data.began + second);
@@ -130,14 +131,15 @@ function draw({ data, item, heard }) {
   for (const time of [data.first_byte, data.last_byte]) {
     if (time !== null) add("line", { class: "tick", x1: percent(time), x2: percent(time), y1: 1, y2: LANE - 1 });
   }
-  const lost = bars.filter((one) => one.ended === null && data.ended !== null);
   bars.forEach((one, index) => {
     const to = one.ended ?? (lost.includes(one) ? data.began + axis : end);
     bar("edge", one.began, to, index + 1, 12);
     const held = one.failed && one.closing === null ? "failed" : "held";
     bar(held, one.ready, Math.min(one.closing ?? to, lost.includes(one) ? end : to), index + 1, 12);
     if (lost.includes(one)) bar("lost", data.ended, to, index + 1, 12);
-    if (one.failed && one.closing !== null) bar("failed", one.closing, to, index + 1, 12);
+    if (one.failed && one.closing !== null) {
+      bar("failed", Math.min(one.closing, to - axis / 80), to, index + 1, 12); // wide enough to be seen
+    }
   });
 
   const svg = item.querySelector(".lanes");
