@@ -5,7 +5,6 @@ hands it ``db``, which is ours from resources.py, or that of stock.py.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import async_to_sync
@@ -124,28 +123,4 @@ urlpatterns = [
     path("stream", stream),
     path("broken-stream", broken_stream),
     path("leave", leave),
-]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """A button of the page."""
-
-    name: str
-    label: str
-    here: str  # what becomes of it with scoped
-    has_counterpart: bool = True
-
-
-ENDINGS = [
-    Ending("fine", "Fine", "200"),
-    Ending("sync", "Sync view", "200, in a thread"),
-    Ending("children", "Ten children", "200, one set-up"),
-    Ending("stream", "Stream", "200, held to its end"),
-    Ending("missing", "Not found", "404"),
-    Ending("raises", "View raises", "500"),
-    Ending("broken-stream", "Stream raises", "breaks off"),
-    Ending("leave", "Client leaves", "cancelled"),
-    Ending("commit", "COMMIT fails", "500, no row", has_counterpart=False),
-    Ending("background", "Background", "202, then works on", has_counterpart=False),
 ]

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=1150)
+    parser.add_argument("--height", type=int, default=1190)
     options = parser.parse_args()
     with tempfile.TemporaryFile("w+") as output, sync_playwright() as playwright:
         command = [sys.executable, "-m", "demo", "--port", "0"]

@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-import django
 from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import request_finished
@@ -52,24 +51,6 @@ request_finished.connect(release, sender=ASGIHandler)
 
 SIZE = 3
 PATIENCE = 3.0  # seconds that a request waits for a connection
-
-# Of the views in endings.py, those after which the connection is lost.
-LOST = {"children", "broken-stream"}
-if django.VERSION < (6, 1):
-    LOST |= {"fine", "sync", "raises", "missing", "stream", "leave"}
-
-# How a request may end, and whether request_finished then sees what the view has set.
-SEES, BLIND, NEVER = "sees it", "is called, but does not see it", "is never called"
-SINCE_6_1 = SEES if django.VERSION >= (6, 1) else BLIND
-LOSSES = [
-    ("a view, sync or async, also one that raises", SINCE_6_1),
-    ("a stream, to its end", SINCE_6_1),
-    ("the client goes away", SINCE_6_1),
-    ("child tasks that open the connection", BLIND),
-    ("a stream that raises", NEVER),
-    ("a client whose connection broke", NEVER),
-    ("the server shuts down", NEVER),
-]
 
 
 class NoConnectionLeftError(Exception):

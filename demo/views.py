@@ -21,8 +21,8 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST, require_safe
 from redis.asyncio.client import PubSub
 
-from demo import stock, timeline
-from demo.endings import ENDINGS
+from demo import timeline
+from demo.buttons import ENDINGS, LOSSES, LOST
 from demo.resources import db, pool, redis, subscription
 
 LATEST = "SELECT id, text, posted_at FROM messages ORDER BY id DESC LIMIT 50"
@@ -113,9 +113,8 @@ async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> Ht
     context = {
         "form": form,
         "messages": messages,
-        "endings": [(ending, ending.name in stock.LOST) for ending in ENDINGS],
-        "losses": stock.LOSSES,
-        "stock_size": stock.SIZE,
+        "endings": [(ending, ending.name in LOST) for ending in ENDINGS],
+        "losses": LOSSES,
         "django": django.get_version(),
         "python": platform.python_version(),
     }

@@ -15,7 +15,7 @@ from collections import Counter
 
 import httpx
 
-from demo.endings import ENDINGS
+from demo.buttons import ENDINGS
 from demo.servers import postgres, redis
 from tests.processes import Demo, eventually, ps
 from tests.watching import Page

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import django
 import pytest
 
-from demo.endings import ENDINGS
-from demo.stock import LOST, SIZE
+from demo.buttons import ENDINGS, LOST
 from tests.browser.conftest import Open, tabs
 from tests.processes import Demo, eventually
 
@@ -43,6 +42,7 @@ ANSWERS = {
     "commit": "COMMIT fails: 500",
     "background": "Background: 202, “Counting.”",
 }
+SIZE = 3  # of stock Django's pool
 COUNTERPARTS = [ending.name for ending in ENDINGS if ending.has_counterpart]
 
 
