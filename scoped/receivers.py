@@ -132,7 +132,7 @@ def open_foreign(
 
 def _is_server(sender: Any) -> bool:
     """Whether more requests are to be expected: a server's handler, not a test client's."""
-    return not sender.__module__.startswith("django.test.")
+    return not sender.__module__.startswith(("django.test.", "scoped.testing"))
 
 
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:

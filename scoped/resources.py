@@ -208,7 +208,7 @@ def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = F
         setattr(access, name, getattr(function, name))
     access.resource = resource
     if is_eager:
-        eager.append(resource)
+        eager.append(access)
     return access
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(scoped.__file__).parent
 CORE = [
     *("exceptions", "factories", "events", "waiting", "setups", "teardown"),
     *("scopes", "lifespans", "requests", "resources"),
-    *("inspection", "threads", "background", "yields"),
+    *("inspection", "overrides", "threads", "background", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "conf", "checks", "apps", "testing"]
 DJANGO += ["handlers", "wsgi", "signals", "management/commands/scoped"]
