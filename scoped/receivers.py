@@ -100,10 +100,10 @@ async def close(scope: RequestScope) -> None:
 
 
 def note_failure(failure: BaseException) -> None:
-    """Let the factories of the current request see what it failed with; the first counts."""
+    """Let the factories of the current request, if there is one, see what it failed with."""
     scope = scope_here()
-    if isinstance(scope, RequestScope) and scope.is_open and scope.failure is None:
-        scope.failure = failure
+    if isinstance(scope, RequestScope):
+        scope.note_failure(failure)
 
 
 def open_foreign(

@@ -141,8 +141,9 @@ def _taken_out(
 
 class Scope:
     """
-    What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose
-    it is, ``is_open`` whether resources can be set up in it.
+    What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose it is,
+    ``is_open`` whether resources can be set up in it, ``request`` is Django's request
+    where it is that of one, else None.
     """
 
     __slots__ = (
@@ -218,6 +219,15 @@ class Scope:
     def visible(self) -> "Scope":
         """What is current when this one is at work."""
         return self
+
+    def note_failure(self, failure: BaseException) -> None:
+        """
+        Let the factories see at their ``yield`` that the work has failed, though nothing
+        is raised that shows it: as when a framework makes a response of an exception. The
+        first failure counts.
+        """
+        if self.is_open and self.failure is None:
+            self.failure = failure
 
     def being_set_up(self) -> "list[Resource[Any]]":
         return list(self._pending)
