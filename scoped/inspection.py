@@ -26,7 +26,7 @@ def inspect() -> list[OpenScope]:
     through all objects that Python's garbage collector knows, so that scopes need
     not be registered: a matter of milliseconds, for people and health checks.
     """
-    return sorted(map(picture, open_scopes()), key=lambda one: -one.seconds)
+    return [picture(scope) for scope in sorted(open_scopes(), key=lambda scope: scope.opened)]
 
 
 def open_scopes() -> list[Scope]:

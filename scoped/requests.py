@@ -125,7 +125,7 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         if not (self.values or self._pending or self.response or self.lifespan) and self.is_open:
-            self._let_go()
+            self._let_go(exc)
             self.leave()
             return
         try:
