@@ -228,7 +228,8 @@ async def test_a_receiver_that_raises_is_logged_and_changes_nothing(
     finally:
         for name in NAMES:
             getattr(signals, name).disconnect(raises)
-    assert {record.name for record in caplog.records} == {"django.dispatch"}
+    names = {record.name for record in caplog.records}
+    assert names - {"asyncio"} == {"django.dispatch"}  # asyncio's says that logging is slow
 
 
 def test_an_async_receiver_is_refused() -> None:
