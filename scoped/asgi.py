@@ -210,7 +210,8 @@ class _Exchange:
             failure = error
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
-        AsyncToSync.executors.current = sync_parent
+        if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
+            AsyncToSync.executors.current = sync_parent
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
