@@ -206,11 +206,11 @@ def scope_for(resource: "Resource[Any]") -> Scope:
 
 
 def scope_holding(resource: "Resource[Any]") -> Scope | None:
-    """The open scope that holds the request resource's value, if one does."""
+    """The scope that holds the value of a request resource, if it is set up."""
     scope: Scope | None = scope_here()
     if scope is not None and resource.lifetime is Lifetime.RESPONSE:
         scope = scope.response
-    return scope if scope is not None and resource in scope.values else None
+    return scope
 
 
 def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:

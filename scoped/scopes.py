@@ -456,6 +456,8 @@ class Scope:
     def get_nowait(self, resource: "Resource[Any]") -> Any:
         """The value of an async resource, for sync code, where it is set up already."""
         self._check_open(resource)
+        if self.sync_only:
+            self._check_loop(resource)  # says that there is none
         try:
             return self.values[resource]
         except KeyError:
@@ -711,7 +713,7 @@ class Scope:
         Tear it down now, and before it what has used it. Raises as ``close()`` does,
         and AsyncResourceError where this is not the place: then nothing has changed.
         """
-        if self._state != "open":
+        if self._state != "open" or not (resource in self.values or self.visible._releases):
             return
         self._check_loop(resource)
         # One at a time: what two of them find they might tear down in any order.
@@ -722,6 +724,8 @@ class Scope:
 
     def release_sync(self, resource: "Resource[Any]") -> None:
         """As ``release()``, from sync code, for what is sync and was set up in this thread."""
+        if self._state != "open" or resource not in self.values:
+            return
         if self._others_releases():
             raise AsyncResourceError(
                 resource,
