@@ -32,7 +32,7 @@ its factory used; they are taken out again last in, first out.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
@@ -98,6 +98,17 @@ def _explained(resource: "Resource[Any]", error: BaseException) -> BaseException
     if isinstance(error, Exception) and not isinstance(error, ScopedError):
         error.add_note(f"while {resource} was set up")
     return error
+
+
+async def _gather_problems(
+    closing: Coroutine[Any, Any, None], problems: list[BaseException]
+) -> None:
+    try:
+        await closing
+    except TeardownError as error:
+        problems.extend(error.exceptions)
+    except BaseException as error:
+        problems.append(error)
 
 
 def _graver(one: BaseException | None, other: BaseException) -> BaseException:
@@ -620,79 +631,107 @@ class Scope:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
-        errors: list[Exception] = []
-        fatal: BaseException | None = await self._stop_set_ups() if self._pending else None
+        problems: list[BaseException] = []
+        if self._pending and (cancellation := await self._stop_set_ups()) is not None:
+            problems.append(cancellation)
         if self._releases:
-            fatal = await outlast(*(release.over for release in self._releases)) or fatal
+            overs = [release.over for release in self._releases]
+            if (cancellation := await outlast(*overs)) is not None:
+                problems.append(cancellation)
         if self.response is not None:
+            await _gather_problems(self.response.close(failure), problems)
+        while self.values:
             try:
-                await self.response.close(failure)
-            except TeardownError as error:
-                errors.extend(error.exceptions)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        fatal = await self._tear_down_all(self._last_first(), failure, errors, fatal)
+                resource = self.values.popitem()[0]
+            except KeyError:  # a thread that was setting it up took it back, since the look
+                continue
+            rest = self._tear_down(resource, failure, problems)
+            if rest is not None:
+                await rest
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
-            try:
-                await self._closed()
-            except Exception as error:
-                errors.append(error)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        self._raise(fatal, errors)
+            await _gather_problems(self._closed(), problems)
+        if problems:
+            self._raise(problems)
 
-    def _raise(self, fatal: BaseException | None, errors: list[Exception]) -> None:
+    def _raise(self, problems: list[BaseException]) -> NoReturn:
+        """A reason to stop bare, if there is one; else the errors, as a group."""
+        errors = [problem for problem in problems if isinstance(problem, Exception)]
+        fatal: BaseException | None = None
+        for problem in problems:
+            if not isinstance(problem, Exception):
+                fatal = _graver(fatal, problem)
         try:
-            if fatal is not None:
-                if errors:
-                    self._log(TeardownError(self, errors))
-                raise fatal
-            if errors:
+            if fatal is None:
                 raise TeardownError(self, errors)
+            if errors:
+                self._log(TeardownError(self, errors))
+            raise fatal
         finally:
-            del fatal, errors
+            del fatal, errors, problems
 
-    def _last_first(self) -> "Iterator[tuple[Scope, Resource[Any]]]":
-        while self.values:
-            try:
-                yield self, self.values.popitem()[0]
-            except KeyError:  # a thread that was setting it up took it back, since the look
-                continue
-
-    async def _tear_down_all(
+    def _tear_down(
         self,
-        doomed: "Iterable[tuple[Scope, Resource[Any]]]",
+        resource: "Resource[Any]",
         failure: BaseException | None,
-        errors: list[Exception],
-        fatal: BaseException | None = None,
-    ) -> BaseException | None:
+        problems: list[BaseException],
+    ) -> Coroutine[Any, Any, None] | None:
         """
-        Each in turn, whatever happens to the others. Collects the errors; returns
-        the reason to stop, if there is one, for the caller to raise in the end.
+        Begin to. Returns what is to be awaited for the rest, if that was not all.
+        What it raises is added to the problems, a cancellation too: others follow.
         """
-        for scope, resource in doomed:
-            finalizer = scope._finalizers.pop(resource, None)
-            if finalizer is None:
-                continue
-            began = 0.0 if events.observer is None else perf_counter()
-            raised: BaseException | None = None
-            try:
-                rest = scope._tear_down(resource, finalizer, failure)
+        finalizer = self._finalizers.pop(resource, None)
+        if finalizer is None:
+            return None
+        began = 0.0 if events.observer is None else perf_counter()
+        try:
+            if isinstance(finalizer, _Keeper):
+                rest = self._finish_in_keeper(resource, finalizer, failure)
+            elif isinstance(finalizer, _Elsewhere):
+                rest = self._finish_elsewhere(resource, finalizer, failure)
+            else:
+                rest = resource.factory.finish(finalizer, failure)
                 if rest is not None:
-                    await rest
-            except Exception as error:
+                    rest = finish_in_time(rest, resource, self)
+        except BaseException as error:
+            self._torn_down(resource, began, error, problems)
+            return None
+        if rest is not None:
+            return self._tear_down_rest(resource, rest, began, problems)
+        if began:
+            self._torn_down(resource, began, None, problems)
+        return None
+
+    async def _tear_down_rest(
+        self,
+        resource: "Resource[Any]",
+        rest: Awaitable[None],
+        began: float,
+        problems: list[BaseException],
+    ) -> None:
+        raised: BaseException | None = None
+        try:
+            await rest
+        except BaseException as error:
+            raised = error
+        self._torn_down(resource, began, raised, problems)
+        del raised
+
+    def _torn_down(
+        self,
+        resource: "Resource[Any]",
+        began: float,
+        error: BaseException | None,
+        problems: list[BaseException],
+    ) -> None:
+        if error is not None:
+            if isinstance(error, Exception):
                 error.add_note(f"while {resource} was torn down")
-                errors.append(error)
-                raised = error
-            except BaseException as error:
-                fatal = raised = _graver(fatal, error)
-            if began and (observer := events.observer) is not None:
-                seconds = perf_counter() - began
-                observer.resource_torn_down(resource, scope.visible, seconds, raised)
-            del raised
-        return fatal
+            problems.append(error)
+        if began and (observer := events.observer) is not None:
+            seconds = perf_counter() - began
+            observer.resource_torn_down(resource, self.visible, seconds, error)
 
     def _let_go(self, failure: BaseException | None = None) -> None:
         """Closed; of what has been, nothing is kept."""
@@ -704,17 +743,6 @@ class Scope:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
             self._previous = None
-
-    def _tear_down(
-        self, resource: "Resource[Any]", finalizer: Any, failure: BaseException | None
-    ) -> Awaitable[None] | None:
-        """Begin to; returns what is to be awaited for the rest, if there is any."""
-        if isinstance(finalizer, _Keeper):
-            return self._finish_in_keeper(resource, finalizer, failure)
-        if isinstance(finalizer, _Elsewhere):
-            return self._finish_elsewhere(resource, finalizer, failure)
-        rest = resource.factory.finish(finalizer, failure)
-        return None if rest is None else finish_in_time(rest, resource, self)
 
     # Early release
 
@@ -774,13 +802,16 @@ class Scope:
             release.over.set_result(None)
 
     async def _tear_down_users(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
-        errors: list[Exception] = []
-        users = self._users_last_first(resource, errors, in_loop=in_loop)
-        fatal = await self._tear_down_all(users, None, errors)
-        self._raise(fatal, errors)
+        problems: list[BaseException] = []
+        for scope, user in self._users_last_first(resource, problems, in_loop=in_loop):
+            rest = scope._tear_down(user, None, problems)
+            if rest is not None:
+                await rest
+        if problems:
+            self._raise(problems)
 
     def _users_last_first(
-        self, resource: "Resource[Any]", errors: list[Exception], *, in_loop: bool
+        self, resource: "Resource[Any]", problems: list[BaseException], *, in_loop: bool
     ) -> "Iterator[tuple[Scope, Resource[Any]]]":
         """
         Takes them out. Looks anew each time, as while one is torn down others may be
@@ -790,7 +821,7 @@ class Scope:
             try:
                 self._check_release(resource, in_loop=in_loop)
             except AsyncResourceError as error:
-                errors.append(error)
+                problems.append(error)
                 return
             scope, user = users[-1]
             scope.values.pop(user, None)
