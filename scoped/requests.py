@@ -101,7 +101,7 @@ class RequestScope(Scope):
 
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
-        while self.lifespan is None:
+        while self.lifespan is None or self.lifespan.is_parents:
             new = LifespanScope.implied_by(self)
             lifespan = lifespans.setdefault(self.loop, new)
             if lifespan.join(self):
