@@ -39,7 +39,7 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.scopes import Scope
 from tests.connection import Connection
-from tests.wsgi import call
+from tests.wsgi_server import call
 
 log: list[str] = []
 views: dict[str, object] = {}

@@ -41,7 +41,7 @@ from scoped.scopes import current
 from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
-from tests.wsgi import call, environ
+from tests.wsgi_server import call, environ
 
 log: list[str] = []
 views: dict[str, object] = {}
@@ -736,7 +736,7 @@ urlpatterns = [
 ]
 application = get_wsgi_application()
 if "WARM_UP" in os.environ:  # before gunicorn forks
-    from tests.wsgi import call
+    from tests.wsgi_server import call
 
     call(application)
 """
@@ -933,7 +933,7 @@ from django.urls import path
 
 from scoped import lifespan_scoped, request_scope
 from scoped.wsgi import get_wsgi_application
-from tests.wsgi import call
+from tests.wsgi_server import call
 
 
 def say(*words):
