@@ -118,7 +118,7 @@ MUTATIONS = [
     ),
     mutation(
         "a cancelled scope does not say so",
-        ("scopes", "                raise fatal\n", "                return\n"),
+        ("scopes", "            raise fatal\n", "            return\n"),
     ),
     mutation(
         "who waits for something to end is cancelled at once",
@@ -141,8 +141,8 @@ MUTATIONS = [
         "what was set up first is torn down first",
         (
             "scopes",
-            "yield self, self.values.popitem()[0]",
-            "self.values.pop(resource := next(iter(self.values))); yield self, resource",
+            "resource = self.values.popitem()[0]",
+            "self.values.pop(resource := next(iter(self.values)))",
         ),
     ),
     mutation(
@@ -163,7 +163,7 @@ MUTATIONS = [
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("scopes", "await self._stop_set_ups() if self._pending else None", "None"),
+        ("scopes", "if self._pending and (cancellation", "if None and (cancellation"),
     ),
     mutation(
         "what is set up too late is never torn down",
@@ -348,8 +348,8 @@ MUTATIONS = [
         "the end of a scope does not wait for a release",
         (
             "scopes",
-            "        if self._releases:\n            fatal",
-            "        if None:\n            fatal",
+            "        if self._releases:\n            overs",
+            "        if None:\n            overs",
         ),
     ),
     mutation(
