@@ -26,6 +26,7 @@ TESTS = [
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
         *("until_response", "release", "wsgi"),
         *("factories", "threads", "many_threads", "every_await", "model"),
+        *("background", "testing", "signals"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.
@@ -445,6 +446,43 @@ MUTATIONS = [
             "while self.lifespan is None or self.lifespan.is_parents:",
             "while self.lifespan is None:",
         ),
+    ),
+    # Background tasks, tests, signals
+    mutation(
+        "a background task that shutdown no longer waits for runs on",
+        ("background", "            self.owner.cancel()\n", "            return None\n"),
+    ),
+    mutation(
+        "a background task uses the request's thread",
+        ("background", "ThreadSensitiveContext(executor=thread)", "ThreadSensitiveContext()"),
+    ),
+    mutation(
+        "factories are not told of a background task's failure",
+        ("background", "await scope.close(failure)", "await scope.close()"),
+    ),
+    mutation(
+        "a background task that never began keeps its scope",
+        ("background", "    if scope.is_open:  #", "    if False:  #"),
+    ),
+    mutation(
+        "an override is not undone",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._recipe"),
+    ),
+    mutation(
+        "an override undoes the one inside it",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._access.resource"),
+    ),
+    mutation(
+        "test clients' lifespan-scoped resources live for ever",
+        ("receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
+    ),
+    mutation(
+        "signals do not tell who asked",
+        ("scopes", "set_up.asked_by if asker is None else asker.resource", "None"),
+    ),
+    mutation(
+        "the lifespan of a loop that ends is kept by who never dropped it",
+        ("lifespans", "if not self._holders or loop_ends:", "if not self._holders:"),
     ),
 ]
 

@@ -487,6 +487,24 @@ class TestShutdown:
         asyncio.run(main())
         assert log == ["settings"]
 
+    def test_held_by_somebody_who_never_drops_it_it_ends_with_the_event_loop(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        held = lifespan_scope()
+
+        async def enter() -> None:
+            await held.__aenter__()
+            await pool()
+
+        with asyncio.Runner() as runner:
+            runner.run(enter())
+        assert log == ["pool"]
+
     def test_a_served_request_keeps_it_until_the_event_loop_ends(self, log: list[str]) -> None:
         """A server without the lifespan protocol says nothing at its end."""
 
