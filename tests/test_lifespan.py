@@ -492,8 +492,10 @@ class TestShutdown:
     ) -> None:
         @lifespan_scoped
         async def pool() -> AsyncIterator[str]:
-            yield "pool"
-            log.append("pool")
+            try:
+                yield "pool"
+            finally:
+                log.append("pool")
 
         held = lifespan_scope()
 
