@@ -26,7 +26,9 @@ def inspect() -> list[OpenScope]:
     through all objects that Python's garbage collector knows, so that scopes need
     not be registered: a matter of milliseconds, for people and health checks.
     """
-    return sorted(map(picture, open_scopes()), key=lambda one: -one.seconds)
+    now = perf_counter()
+    scopes = sorted(open_scopes(), key=lambda scope: scope.opened)
+    return [picture(scope, now) for scope in scopes]
 
 
 def open_scopes() -> list[Scope]:
@@ -35,11 +37,11 @@ def open_scopes() -> list[Scope]:
     return [one for one in scopes if one.is_open and not isinstance(one, ResponseScope)]
 
 
-def picture(scope: Scope) -> OpenScope:
+def picture(scope: Scope, now: float) -> OpenScope:
     parts = (scope,) if scope.response is None else (scope, scope.response)
     return OpenScope(
         name=str(scope),
-        seconds=perf_counter() - scope.opened,
+        seconds=now - scope.opened,
         resources=tuple(one.factory.name for part in parts for one in list(part.values)),
         being_set_up=tuple(one.factory.name for part in parts for one in part.being_set_up()),
     )

@@ -5,6 +5,7 @@ The lifespan: what lives as long as the server, one for each event loop.
 import asyncio
 import atexit
 import logging
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,7 +37,7 @@ class LifespanScope(Scope):
     nobody does, as long as requests are open in it.
     """
 
-    __slots__ = ("_base", "_holders", "_idle", "_requests")
+    __slots__ = ("_base", "_holders", "_idle", "_requests", "is_parents")
 
     lifetime = Lifetime.LIFESPAN
 
@@ -46,6 +47,7 @@ class LifespanScope(Scope):
         self._holders = 0
         self._requests: set[Scope] = set()
         self._idle: asyncio.Future[None] | None = None
+        self.is_parents = False  # that of the process which this one was forked from
         self.lifespan = self
         base.run(self._open, running_loop(), current_task())
         self._previous = None  # nobody leaves it: its Context is its own
@@ -157,11 +159,9 @@ class LifespanScope(Scope):
         ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
         """
         self._holders += 1
-        if self.loop is None:
-            atexit.register(lambda: run_without_loop(self.close()))
-        else:
+        if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
-            atexit.register(self._close_at_exit)
+        atexit.register(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
         """
@@ -169,7 +169,9 @@ class LifespanScope(Scope):
         requests that were cancelled and for what the lifespan holds.
         """
         loop, waiting = self.loop, self.owner
-        assert loop is not None
+        if loop is None:
+            run_without_loop(self.close())
+            return
         if waiting is None or waiting.done() or loop.is_closed() or loop.is_running():
             return
         waiting.cancel()
@@ -192,6 +194,43 @@ class LifespanScope(Scope):
 
     def _context(self) -> Context:
         return self._base.copy()
+
+    def leave_to_parent(self) -> None:
+        """
+        In a process that was forked: what it holds is in use in the other one, and a
+        connection, say, must neither be used from both nor be closed here.
+        """
+        atexit.unregister(self._close_at_exit)
+        _keep_for_ever((self.values, self._finalizers, self._pending))
+        self.values, self._finalizers, self._pending = {}, {}, {}
+        self._state = "closed"
+        self.is_parents = True
+
+
+_parents: list[object] = []
+
+
+def _keep_for_ever(thing: object) -> None:
+    """
+    Not even at its exit may Python let go of it: a generator that is let go of is
+    closed, and what it has around its `yield` with it.
+    """
+    _parents.append(thing)
+    with suppress(ImportError):  # some builds of Python have none
+        import ctypes  # noqa: PLC0415 (for forks alone)
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it, which is not here
+    for lifespan in lifespans.values():
+        lifespan.leave_to_parent()
+    lifespans.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _forget(lifespan: LifespanScope) -> None:

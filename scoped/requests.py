@@ -46,8 +46,14 @@ class RequestScope(Scope):
         Raises as ``close()`` does.
         """
         self.has_responded = True
-        if self.response is not None:
-            await self.response.close(self.failure)
+        if (response := self.response) is None:
+            return
+        if self.sync_only:
+            await response.close(self.failure)
+        else:
+            await self.others_released()
+            with self.releasing():
+                await response.close(self.failure)
 
     def until_response(self, resource: "Resource[Any]") -> Scope:
         """What holds a resource that lives until the response."""
@@ -57,9 +63,9 @@ class RequestScope(Scope):
                     raise NoScopeError(
                         resource,
                         'It is declared with until="response", and this handler does not say when '
-                        "that is. Serve the project with get_asgi_application() of scoped.asgi or "
-                        "get_wsgi_application() of scoped.wsgi; in tests use the clients of "
-                        "scoped.testing.",
+                        "the response is sent. Serve the project with get_asgi_application() of "
+                        "scoped.asgi or get_wsgi_application() of scoped.wsgi; in tests use the "
+                        "clients of scoped.testing.",
                     )
                 self.response = ResponseScope(self)
         return self.response
@@ -95,7 +101,7 @@ class RequestScope(Scope):
 
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
-        while self.lifespan is None:
+        while self.lifespan is None or self.lifespan.is_parents:
             new = LifespanScope.implied_by(self)
             lifespan = lifespans.setdefault(self.loop, new)
             if lifespan.join(self):
@@ -124,8 +130,9 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not (self.values or self._pending or self.response or self.lifespan) and self.is_open:
-            self._let_go()
+        held = self.values or self._pending or self._releases or self.response or self.lifespan
+        if not held and self.is_open:
+            self._let_go(exc)
             self.leave()
             return
         try:
@@ -199,11 +206,11 @@ def scope_for(resource: "Resource[Any]") -> Scope:
 
 
 def scope_holding(resource: "Resource[Any]") -> Scope | None:
-    """The open scope that holds the request resource's value, if one does."""
+    """The scope that holds the value of a request resource, if it is set up."""
     scope: Scope | None = scope_here()
     if scope is not None and resource.lifetime is Lifetime.RESPONSE:
         scope = scope.response
-    return scope if scope is not None and resource in scope.values else None
+    return scope
 
 
 def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:

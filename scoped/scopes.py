@@ -32,8 +32,8 @@ its factory used; they are taken out again last in, first out.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Awaitable, Coroutine, Generator, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
 from threading import get_ident
@@ -50,7 +50,7 @@ from scoped.exceptions import (
 )
 from scoped.setups import Latch, SetUp
 from scoped.teardown import finish_in_time, timed_out, warn_if_slow
-from scoped.waiting import current_task, hop, outlast, running_loop
+from scoped.waiting import current_task, hop, outlast, run_without_loop, running_loop
 
 if TYPE_CHECKING:
     from scoped.lifespans import LifespanScope
@@ -100,6 +100,17 @@ def _explained(resource: "Resource[Any]", error: BaseException) -> BaseException
     return error
 
 
+async def _gather_problems(
+    closing: Coroutine[Any, Any, None], problems: list[BaseException]
+) -> None:
+    try:
+        await closing
+    except TeardownError as error:
+        problems.extend(error.exceptions)
+    except BaseException as error:
+        problems.append(error)
+
+
 def _graver(one: BaseException | None, other: BaseException) -> BaseException:
     """Of two reasons to stop the later one, but no cancellation hides a KeyboardInterrupt."""
     if one is None or isinstance(one, asyncio.CancelledError):
@@ -131,12 +142,14 @@ class _Elsewhere:
         self.thread = get_ident()
 
 
-def _taken_out(
-    doomed: "Iterable[tuple[Scope, Resource[Any]]]",
-) -> "Iterator[tuple[Scope, Resource[Any]]]":
-    for scope, resource in doomed:
-        scope.values.pop(resource, None)
-        yield scope, resource
+class _Release:
+    """Some of a scope is torn down while the scope stays open."""
+
+    __slots__ = ("over", "tasks")
+
+    def __init__(self, task: "asyncio.Task[Any]") -> None:
+        self.over: asyncio.Future[None] = task.get_loop().create_future()
+        self.tasks = [task]  # in which teardowns run
 
 
 class Scope:
@@ -187,9 +200,9 @@ class Scope:
         # Generators to be finished by the owner; keepers; and where else they were started.
         self._finalizers: dict[Resource[Any], Any] = {}
         self._pending: dict[Resource[Any], SetUp] = {}
-        # What each used that was set up, where it used any; and who releases some of them now.
+        # What each used that was set up, where it used any; and what is released right now.
         self._uses: dict[Resource[Any], list[Resource[Any]]] | None = None
-        self._releases: set[asyncio.Future[None]] | None = None
+        self._releases: list[_Release] | None = None
         self._state = "new"
         self._previous: Scope | SetUp | None = None
         self.sync_only = False
@@ -428,7 +441,7 @@ class Scope:
             if keeper.verdict.done():
                 failure = keeper.verdict.result()
                 # A timeout or task group across the `yield` has cancelled this task, to be told so.
-                if failure is None and self.lifetime is Lifetime.REQUEST:
+                if failure is None and self.lifetime is not Lifetime.LIFESPAN:
                     failure = cancellation
                 await self._finish_in_time(resource, keeper.generator, failure)
 
@@ -464,6 +477,8 @@ class Scope:
     def get_nowait(self, resource: "Resource[Any]") -> Any:
         """The value of an async resource, for sync code, where it is set up already."""
         self._check_open(resource)
+        if self.sync_only:
+            self._check_loop(resource)  # says that there is none
         try:
             return self.values[resource]
         except KeyError:
@@ -616,101 +631,118 @@ class Scope:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
-        errors: list[Exception] = []
-        fatal: BaseException | None = await self._stop_set_ups() if self._pending else None
+        problems: list[BaseException] = []
+        if self._pending and (cancellation := await self._stop_set_ups()) is not None:
+            problems.append(cancellation)
         if self._releases:
-            fatal = await outlast(*self._releases) or fatal
+            overs = [release.over for release in self._releases]
+            if (cancellation := await outlast(*overs)) is not None:
+                problems.append(cancellation)
         if self.response is not None:
+            await _gather_problems(self.response.close(failure), problems)
+        while self.values:
             try:
-                await self.response.close(failure)
-            except TeardownError as error:
-                errors.extend(error.exceptions)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        fatal = await self._tear_down_all(self._last_first(), failure, errors, fatal)
+                resource = self.values.popitem()[0]
+            except KeyError:  # a thread that was setting it up took it back, since the look
+                continue
+            rest = self._tear_down(resource, failure, problems)
+            if rest is not None:
+                await rest
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
-            try:
-                await self._closed()
-            except Exception as error:
-                errors.append(error)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        self._raise(fatal, errors)
+            await _gather_problems(self._closed(), problems)
+        if problems:
+            self._raise(problems)
 
-    def _raise(self, fatal: BaseException | None, errors: list[Exception]) -> None:
+    def _raise(self, problems: list[BaseException]) -> NoReturn:
+        """A reason to stop bare, if there is one; else the errors, as a group."""
+        errors = [problem for problem in problems if isinstance(problem, Exception)]
+        fatal: BaseException | None = None
+        for problem in problems:
+            if not isinstance(problem, Exception):
+                fatal = _graver(fatal, problem)
         try:
-            if fatal is not None:
-                if errors:
-                    self._log(TeardownError(self, errors))
-                raise fatal
-            if errors:
+            if fatal is None:
                 raise TeardownError(self, errors)
+            if errors:
+                self._log(TeardownError(self, errors))
+            raise fatal
         finally:
-            del fatal, errors
+            del fatal, errors, problems
 
-    def _last_first(self) -> "Iterator[tuple[Scope, Resource[Any]]]":
-        while self.values:
-            try:
-                yield self, self.values.popitem()[0]
-            except KeyError:  # a thread that was setting it up took it back, since the look
-                continue
-
-    async def _tear_down_all(
+    def _tear_down(
         self,
-        doomed: "Iterable[tuple[Scope, Resource[Any]]]",
+        resource: "Resource[Any]",
         failure: BaseException | None,
-        errors: list[Exception],
-        fatal: BaseException | None = None,
-    ) -> BaseException | None:
+        problems: list[BaseException],
+    ) -> Coroutine[Any, Any, None] | None:
         """
-        Each in turn, whatever happens to the others. Collects the errors; returns
-        the reason to stop, if there is one, for the caller to raise in the end.
+        Begin to. Returns what is to be awaited for the rest, if that was not all.
+        What it raises is added to the problems, a cancellation too: others follow.
         """
-        for scope, resource in doomed:
-            finalizer = scope._finalizers.pop(resource, None)
-            if finalizer is None:
-                continue
-            began = 0.0 if events.observer is None else perf_counter()
-            raised: BaseException | None = None
-            try:
-                rest = scope._tear_down(resource, finalizer, failure)
+        finalizer = self._finalizers.pop(resource, None)
+        if finalizer is None:
+            return None
+        began = 0.0 if events.observer is None else perf_counter()
+        try:
+            if isinstance(finalizer, _Keeper):
+                rest = self._finish_in_keeper(resource, finalizer, failure)
+            elif isinstance(finalizer, _Elsewhere):
+                rest = self._finish_elsewhere(resource, finalizer, failure)
+            else:
+                rest = resource.factory.finish(finalizer, failure)
                 if rest is not None:
-                    await rest
-            except Exception as error:
+                    rest = finish_in_time(rest, resource, self)
+        except BaseException as error:
+            self._torn_down(resource, began, error, problems)
+            return None
+        if rest is not None:
+            return self._tear_down_rest(resource, rest, began, problems)
+        if began:
+            self._torn_down(resource, began, None, problems)
+        return None
+
+    async def _tear_down_rest(
+        self,
+        resource: "Resource[Any]",
+        rest: Awaitable[None],
+        began: float,
+        problems: list[BaseException],
+    ) -> None:
+        raised: BaseException | None = None
+        try:
+            await rest
+        except BaseException as error:
+            raised = error
+        self._torn_down(resource, began, raised, problems)
+        del raised
+
+    def _torn_down(
+        self,
+        resource: "Resource[Any]",
+        began: float,
+        error: BaseException | None,
+        problems: list[BaseException],
+    ) -> None:
+        if error is not None:
+            if isinstance(error, Exception):
                 error.add_note(f"while {resource} was torn down")
-                errors.append(error)
-                raised = error
-            except BaseException as error:
-                fatal = raised = _graver(fatal, error)
-            if began and (observer := events.observer) is not None:
-                seconds = perf_counter() - began
-                observer.resource_torn_down(resource, scope.visible, seconds, raised)
-            del raised
-        return fatal
+            problems.append(error)
+        if began and (observer := events.observer) is not None:
+            seconds = perf_counter() - began
+            observer.resource_torn_down(resource, self.visible, seconds, error)
 
     def _let_go(self, failure: BaseException | None = None) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
         if (observer := events.observer) is not None and self.visible is self:
             observer.scope_closed(self, perf_counter() - self.opened, failure)
-        self.failure = self.owner = self._closer = self._uses = self.request = None
+        self.failure = self.owner = self._closer = self._uses = self.request = self.response = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
             self._previous = None
-
-    def _tear_down(
-        self, resource: "Resource[Any]", finalizer: Any, failure: BaseException | None
-    ) -> Awaitable[None] | None:
-        """Begin to; returns what is to be awaited for the rest, if there is any."""
-        if isinstance(finalizer, _Keeper):
-            return self._finish_in_keeper(resource, finalizer, failure)
-        if isinstance(finalizer, _Elsewhere):
-            return self._finish_elsewhere(resource, finalizer, failure)
-        rest = resource.factory.finish(finalizer, failure)
-        return None if rest is None else finish_in_time(rest, resource, self)
 
     # Early release
 
@@ -719,58 +751,118 @@ class Scope:
         Tear it down now, and before it what has used it. Raises as ``close()`` does,
         and AsyncResourceError where this is not the place: then nothing has changed.
         """
+        if self._state != "open" or not (resource in self.values or self.visible._releases):
+            return
         self._check_loop(resource)
-        doomed = self._users_of(resource)
-        for scope, one in doomed:
-            scope.check_release(one, in_loop=True)
-        over = asyncio.get_running_loop().create_future()
-        holders = {self, *(scope for scope, _ in doomed)}
-        for holder in holders:
-            holder._releases = (holder._releases or set()) | {over}
-        errors: list[Exception] = []
-        fatal: BaseException | None = None
-        try:
-            fatal = await self._tear_down_all(_taken_out(doomed), None, errors)
-        finally:
-            over.set_result(None)
-            for holder in holders:
-                holder._releases = (holder._releases or set()) - {over}
-        self._raise(fatal, errors)
+        # One at a time: what two of them find they might tear down in any order.
+        await self.others_released()
+        self._check_release(resource, in_loop=True)
+        with self.releasing():
+            await self._tear_down_users(resource, in_loop=True)
 
     def release_sync(self, resource: "Resource[Any]") -> None:
         """As ``release()``, from sync code, for what is sync and was set up in this thread."""
-        doomed = self._users_of(resource)
-        for scope, one in doomed:
-            scope.check_release(one, in_loop=False)
-        errors: list[Exception] = []
-        for scope, one in doomed:
-            scope.values.pop(one, None)
-            finalizer = scope._finalizers.pop(one, None)
+        if self._state != "open" or resource not in self.values:
+            return
+        if self._others_releases():
+            raise AsyncResourceError(
+                resource,
+                self,
+                "something else of its scope is being torn down right now",
+                "Wait for that in async code, and release it then.",
+            )
+        self._check_release(resource, in_loop=False)
+        run_without_loop(self._tear_down_users(resource, in_loop=False))
+
+    def _others_releases(self) -> list[_Release]:
+        """Those under way, but for one that has led here: its teardown asks for another."""
+        releases = self.visible._releases
+        if not releases:
+            return []
+        task = current_task()
+        return [release for release in releases if task is None or task not in release.tasks]
+
+    async def others_released(self) -> None:
+        while others := self._others_releases():
+            await asyncio.wait([release.over for release in others])
+
+    @contextmanager
+    def releasing(self) -> Generator[None, None, None]:
+        """While some of it is torn down: others wait for that."""
+        holder, task = self.visible, asyncio.current_task()
+        assert task is not None
+        release = _Release(task)
+        if holder._releases is None:
+            holder._releases = []
+        holder._releases.append(release)
+        try:
+            yield
+        finally:
+            holder._releases.remove(release)
+            release.over.set_result(None)
+
+    async def _tear_down_users(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
+        problems: list[BaseException] = []
+        for scope, user in self._users_last_first(resource, problems, in_loop=in_loop):
+            rest = scope._tear_down(user, None, problems)
+            if rest is not None:
+                await rest
+        if problems:
+            self._raise(problems)
+
+    def _users_last_first(
+        self, resource: "Resource[Any]", problems: list[BaseException], *, in_loop: bool
+    ) -> "Iterator[tuple[Scope, Resource[Any]]]":
+        """
+        Takes them out. Looks anew each time, as while one is torn down others may be
+        set up with what is still there.
+        """
+        while users := self._users_of(resource):
             try:
-                if isinstance(finalizer, _Elsewhere):
-                    finalizer.context.run(one.factory.finish, finalizer.generator, None)
-                elif finalizer is not None:
-                    one.factory.finish(finalizer, None)
-            except Exception as error:
-                error.add_note(f"while {one} was released")
-                errors.append(error)
-        self._raise(None, errors)
+                self._check_release(resource, in_loop=in_loop)
+            except AsyncResourceError as error:
+                problems.append(error)
+                return
+            scope, user = users[-1]
+            scope.values.pop(user, None)
+            if scope._uses is not None:
+                scope._uses.pop(user, None)
+            yield scope, user
 
     def _users_of(self, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":
-        """What is to go when it goes, itself included, in the order of teardown."""
+        """What is to go when it goes, itself included, in the order in which it was set up."""
         if self._state != "open":
             return []
         found: list[tuple[Scope, Resource[Any]]] = []
         gone: set[Resource[Any]] = set()
-        for scope in (self,) if self.response is None else (self, self.response):
+        for scope in self._with_response():
             uses = scope._uses or {}
             for one in list(scope.values):  # a user's set-up ends after that of what it uses
                 if one is resource or not gone.isdisjoint(uses.get(one, ())):
                     gone.add(one)
                     found.append((scope, one))
-        return found[::-1]
+        return found
 
-    def check_release(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
+    def _with_response(self) -> "list[Scope]":
+        return [self] if self.response is None else [self, self.response]
+
+    def _check_release(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
+        users = self._users_of(resource)
+        for scope, user in users:
+            scope._check_place(user, in_loop=in_loop)
+        doomed, asker = {user for _, user in users}, _asker()
+        for scope in self._with_response():
+            for set_up in list(scope._pending.values()):
+                if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):
+                    continue
+                raise AsyncResourceError(
+                    resource,
+                    self,
+                    f"{set_up.resource} is being set up with it right now",
+                    "Release it when that is done.",
+                )
+
+    def _check_place(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
         finalizer = self._finalizers.get(resource)
         if finalizer is None:
             return
@@ -830,6 +922,9 @@ class Scope:
             return
         if not keeper.verdict.done():
             keeper.verdict.set_result(failure)
+        for release in self.visible._releases or ():
+            if asyncio.current_task() in release.tasks:
+                release.tasks.append(keeper.task)
         await self._finish_in_task(resource, keeper.task)
 
     async def _finish_elsewhere(

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from threading import Lock
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -141,7 +142,7 @@ def assert_no_leaks() -> Generator[None, None, None]:
     before = open_scopes()
     yield
     left = [
-        picture(scope)
+        picture(scope, perf_counter())
         for scope in open_scopes()
         if isinstance(scope, RequestScope) and scope not in before
     ]
