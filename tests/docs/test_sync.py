@@ -21,12 +21,14 @@ from django.urls import path
 from scoped import (
     AsyncResourceError,
     lifespan_scoped,
+    lifespans,
     request_scope,
     request_scoped,
 )
 from scoped.testing import Client
+from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler
-from tests.docs.wsgi import call, end_of_process
+from tests.wsgi_server import call
 
 SYNC = ("sync.md", "Sync code")
 IN_SYNC_VIEWS = ("sync.md", "Async resources in a sync view")
@@ -36,6 +38,11 @@ THREADS = ("sync.md", "Threads")
 
 ROOT = Path(__file__).parents[2]
 log: list[str] = []
+
+
+def end_of_process():
+    if lifespan := lifespans.lifespans.get(None):
+        run_without_loop(lifespan.close())
 
 
 @pytest.fixture(autouse=True)
