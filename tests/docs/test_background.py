@@ -1,16 +1,15 @@
 """docs/background.md."""
 
 import asyncio
-from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
 from django.http import HttpResponse
-from django.test import override_settings
 from django.urls import path
 
 from scoped import ScopeClosedError, current_scope, request_scoped, spawn
 from scoped.testing import AsyncClient, assert_no_leaks
+from tests.docs.stock import urls
 
 EXAMPLE = ("background.md", "Background tasks")
 SYNC = ("background.md", "In sync code")
@@ -43,14 +42,6 @@ def modules(project, monkeypatch):
     resources.db = db
     monkeypatch.setitem(sys.modules, "resources", resources)
     return project(EXAMPLE, SYNC, TESTS)
-
-
-@contextmanager
-def urls(*patterns):
-    module = ModuleType("urls")
-    module.urlpatterns = list(patterns)
-    with override_settings(ROOT_URLCONF=module):
-        yield
 
 
 @pytest.mark.parametrize("where", ["views", "sync_views"])

@@ -4,9 +4,7 @@ import asyncio
 import json
 import re
 import threading
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from wsgiref.simple_server import WSGIRequestHandler
 
 import httpx
@@ -15,7 +13,6 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.servers.basehttp import WSGIServer
 from django.http import Http404, HttpResponse, StreamingHttpResponse
-from django.test import override_settings
 from django.urls import path
 
 from scoped import (
@@ -28,6 +25,7 @@ from scoped import (
 from scoped.testing import Client
 from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler
+from tests.docs.stock import urls
 from tests.wsgi_server import call
 
 SYNC = ("sync.md", "Sync code")
@@ -50,14 +48,6 @@ def _fresh():
     log.clear()
     yield
     end_of_process()
-
-
-@contextmanager
-def urls(*patterns):
-    module = ModuleType("urls")
-    module.urlpatterns = list(patterns)
-    with override_settings(ROOT_URLCONF=module):
-        yield module
 
 
 async def test_the_views_under_asgi(project, serve, notes):
