@@ -9,7 +9,7 @@ from django.urls import path
 
 from scoped import ScopeClosedError, current_scope, request_scoped, spawn
 from scoped.testing import AsyncClient, assert_no_leaks
-from tests.docs.stock import urls
+from tests.docs.project import urls
 
 EXAMPLE = ("background.md", "Background tasks")
 SYNC = ("background.md", "In sync code")

@@ -11,7 +11,7 @@ from django.urls import path
 
 from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
-from tests.docs.stock import its_leaks_ignored, urls
+from tests.docs.project import its_leaks_ignored, urls
 
 MIDDLEWARE = ("moving.md", "From a middleware that opens a container")
 SIGNALS = ("moving.md", "From signals and ContextVars")

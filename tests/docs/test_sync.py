@@ -25,7 +25,7 @@ from scoped import (
 from scoped.testing import Client
 from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler
-from tests.docs.stock import urls
+from tests.docs.project import urls
 from tests.wsgi_server import call
 
 SYNC = ("sync.md", "Sync code")

@@ -1,4 +1,4 @@
-"""Django's own ASGI handler, which leaves things open where a request ends badly."""
+"""A project of a test's own, and what Django's own handler leaves open in it."""
 
 import gc
 import warnings
