@@ -1,4 +1,4 @@
-"""docs/sync.md. Promise 17: the sync world."""
+"""docs/sync.md."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""docs/until-response.md. Promise 12: closed before the first byte, or the answer is a 500."""
+"""docs/until-response.md."""
 
 import asyncio
 import json
