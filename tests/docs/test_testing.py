@@ -98,7 +98,7 @@ def test_the_tests_of_the_page_pass_in_a_project(tmp_path):
     for _, section in (ASYNC, SYNC, DJANGO):
         files |= pages.files(PAGE, section)
     files["conftest.py"] = SETUP + files["conftest.py"]
-    [files["pyproject.toml"]] = pages.blocks(PAGE, "Tests", "toml")
+    [files["pyproject.toml"]] = pages.blocks(PAGE, ASYNC[1], "toml")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     outcome = run(tmp_path)
@@ -130,9 +130,9 @@ test_two = test_three = test_one
 
 
 def test_a_session_shares_its_pool(tmp_path):
-    fixture = pages.files(PAGE, "What stays set up")["session.py"]
+    fixture = pages.files(PAGE, STAYS[1])["session.py"]
     (tmp_path / "conftest.py").write_text(SETUP + fixture)
-    [text] = pages.blocks(PAGE, "What stays set up", "toml")
+    [text] = pages.blocks(PAGE, STAYS[1], "toml")
     (tmp_path / "pyproject.toml").write_text(text)
     (tmp_path / "settings.py").write_text(SETTINGS)
     (tmp_path / "test_shared.py").write_text(SHARED)
