@@ -177,3 +177,42 @@ async def test_a_sync_one_is_released_in_its_thread():
         await uses_it.release()
         tenant.release()
         assert log[2:] == ["+tenant", "-uses it", "-tenant"]
+
+
+async def test_not_while_another_task_sets_up_what_uses_it():
+    db, reached = logging_resource("db"), asyncio.Event()
+
+    @request_scoped
+    async def slow():
+        await db()
+        reached.set()
+        await asyncio.Event().wait()
+        yield
+
+    async with request_scope():
+        await db()
+        task = asyncio.create_task(slow())
+        await reached.wait()
+        with pytest.raises(AsyncResourceError, match="is being set up with it right now"):
+            await db.release()
+        assert log == ["+db"]
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_two_at_once_take_their_turns():
+    def slow_resource(name):
+        @request_scoped
+        async def resource():
+            yield
+            log.append(f"{name} begins")
+            await asyncio.sleep(0.01)
+            log.append(f"{name} ends")
+
+        return resource
+
+    one, other = slow_resource("one"), slow_resource("other")
+    async with request_scope():
+        await asyncio.gather(one(), other())
+        await asyncio.gather(one.release(), other.release())
+    assert log == ["one begins", "one ends", "other begins", "other ends"]
