@@ -37,7 +37,7 @@ class ScopedHandler(BaseHandler):
             try:
                 if not isinstance(error, TeardownError):
                     raise
-                _note(error)
+                _show_cause(error)
                 page: Any = response_for_exception(request, error)
             except BaseException:
                 close_resources(response)  # nobody else will see it
@@ -56,7 +56,7 @@ class ScopedHandler(BaseHandler):
             try:
                 if not isinstance(error, TeardownError):
                     raise
-                _note(error)
+                _show_cause(error)
                 make_page = sync_to_async(response_for_exception, thread_sensitive=False)
                 page: Any = await make_page(request, error)
             except BaseException:
@@ -81,8 +81,7 @@ def _scope_of(request: Any) -> RequestScope | None:
     return scope
 
 
-def _note(error: TeardownError) -> None:
-    note_failure(error)
+def _show_cause(error: TeardownError) -> None:
     if settings.DEBUG:
         error.__cause__ = error.exceptions[0]  # Django's page shows causes, but no groups
 

@@ -24,6 +24,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
+        *("until_response", "release", "wsgi"),
         *("factories", "threads", "many_threads", "every_await", "model"),
     )
 ]
@@ -117,7 +118,7 @@ MUTATIONS = [
     ),
     mutation(
         "a cancelled scope does not say so",
-        ("scopes", "                raise fatal\n", "                return\n"),
+        ("scopes", "            raise fatal\n", "            return\n"),
     ),
     mutation(
         "who waits for something to end is cancelled at once",
@@ -162,7 +163,7 @@ MUTATIONS = [
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("scopes", "await self._stop_set_ups() if self._pending else None", "None"),
+        ("scopes", "if self._pending and (cancellation", "if None and (cancellation"),
     ),
     mutation(
         "what is set up too late is never torn down",
@@ -176,8 +177,8 @@ MUTATIONS = [
         "a closed scope keeps what ended it",
         (
             "scopes",
-            "self.failure = self.owner = self._closer = None",
-            "pass",
+            "self.failure = self.owner = self._closer = self._uses",
+            "self._uses",
         ),
     ),
     mutation(
@@ -257,8 +258,192 @@ MUTATIONS = [
         "a lifespan resource may ask for a request's",
         (
             "requests",
-            "        raise LifetimeError(here.resource, resource)\n",
+            "        raise LifetimeError(asker, resource, asker.lifetime.value, "
+            "resource.lifetime.value)\n",
             "        return here.scope\n",
+        ),
+    ),
+    # Until the response
+    mutation(
+        "nothing ends with the response",
+        ("handlers", "            await scope.end_response()\n", "            pass\n"),
+    ),
+    mutation(
+        "nothing ends with the response under WSGI",
+        ("handlers", "            run_without_loop(scope.end_response())\n", "            pass\n"),
+    ),
+    mutation(
+        "the closers of a response that an error replaces are forgotten",
+        ("handlers", "    page._resource_closers.extend(response._resource_closers)\n", ""),
+    ),
+    mutation(
+        "the closers of a response that is never sent are forgotten",
+        (
+            "handlers",
+            "                page: Any = await make_page(request, error)\n"
+            "            except BaseException:\n"
+            "                close_resources(response)  # nobody else will see it\n",
+            "                page: Any = await make_page(request, error)\n"
+            "            except BaseException:\n",
+        ),
+    ),
+    mutation(
+        "a stream that an error replaces is left to the garbage collector",
+        ("handlers", "                await _drop_stream(response)\n", "                pass\n"),
+    ),
+    mutation(
+        "a request that was cancelled keeps it beyond request_finished's receivers",
+        ("asgi", "await self.attempt(end_response(request_scope))", "pass"),
+    ),
+    mutation(
+        "a malformed request keeps it beyond its response",
+        ("asgi", "await request_scope.end_response()  # receivers", "pass  # receivers"),
+    ),
+    mutation(
+        "what middleware raises is not noted without the app",
+        (
+            "receivers",
+            "    got_request_exception.connect(_request_failed)\n\n\ndef connect()",
+            "\n\ndef connect()",
+        ),
+    ),
+    mutation(
+        "a stream may set up anew what ended with the response",
+        (
+            "requests",
+            '"open" if around.is_open and not around.has_responded else "closed"',
+            '"open" if around.is_open else "closed"',
+        ),
+    ),
+    mutation(
+        "a request's resource may ask for what ends with the response",
+        ("requests", "if not isinstance(here, SetUp) or here.scope is not scope:", "if True:"),
+    ),
+    mutation(
+        "a keeper's timeout across the yield is not seen until the response",
+        ("scopes", "self.lifetime is not Lifetime.LIFESPAN:", "self.lifetime is Lifetime.REQUEST:"),
+    ),
+    # Early release
+    mutation(
+        "what has used a resource outlives its release",
+        (
+            "scopes",
+            "if one is resource or not gone.isdisjoint(uses.get(one, ())):",
+            "if one is resource:",
+        ),
+    ),
+    mutation(
+        "what has used a resource is torn down after it",
+        ("scopes", "            scope, user = users[-1]\n", "            scope, user = users[0]\n"),
+    ),
+    mutation(
+        "releases do not wait for each other",
+        ("scopes", "        await self.others_released()\n", ""),
+    ),
+    mutation(
+        "a release that a teardown asks for waits for the one around it",
+        ("scopes", "                release.tasks.append(keeper.task)\n", "                pass\n"),
+    ),
+    mutation(
+        "the end of a scope does not wait for a release",
+        (
+            "scopes",
+            "        if self._releases:\n            overs",
+            "        if None:\n            overs",
+        ),
+    ),
+    mutation(
+        "the end of an empty block does not wait for a release",
+        ("requests", "self._pending or self._releases or", "self._pending or"),
+    ),
+    mutation(
+        "the response does not wait for a release",
+        ("requests", "            await self.others_released()\n", ""),
+    ),
+    mutation(
+        "a release does not wait for what ends with the response",
+        (
+            "requests",
+            "            with self.releasing():\n                await",
+            "            if True:\n                await",
+        ),
+    ),
+    mutation(
+        "a release does not see what is being set up",
+        (
+            "scopes",
+            "if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):",
+            "if True:",
+        ),
+    ),
+    mutation(
+        "a factory cannot release what it has used",
+        ("scopes", " or set_up.waits_for(asker):", ":"),
+    ),
+    mutation(
+        "a release looks once only",
+        (
+            "scopes",
+            "        while users := self._users_of(resource):\n",
+            "        users = self._users_of(resource)\n        while users:\n",
+        ),
+        (
+            "scopes",
+            "            scope, user = users[-1]\n",
+            "            scope, user = users.pop()\n",
+        ),
+    ),
+    mutation(
+        "what was used once is taken to be used for ever",
+        ("scopes", "                scope._uses.pop(user, None)\n", "                pass\n"),
+    ),
+    mutation(
+        "anybody may release what the owner has set up",
+        (
+            "scopes",
+            "            here = self.thread == get_ident() and self.owner is current_task()\n",
+            "            here = True\n",
+        ),
+    ),
+    # The sync world
+    mutation(
+        "a body that fails under WSGI is no failure",
+        (
+            "wsgi",
+            "            note_failure(error)\n            raise\n\n    def close",
+            "            raise\n\n    def close",
+        ),
+    ),
+    mutation(
+        "a body that a WSGI server gives up is a failure",
+        (
+            "wsgi",
+            "            raise  # the server has had enough\n",
+            "            note_failure(GeneratorExit())\n            raise\n",
+        ),
+    ),
+    mutation(
+        "what leaves Django's WSGI handler leaves the scope open",
+        ("wsgi", "                close_foreign(sender=type(self))\n", ""),
+    ),
+    mutation(
+        "what leaves Django's WSGI handler closes the scope around it",
+        ("wsgi", "if scope_here() is not around:", "if True:"),
+    ),
+    mutation(
+        "a forked process uses what its parent has set up",
+        ("lifespans", "os.register_at_fork(after_in_child=_forked)\n", ""),
+    ),
+    mutation(
+        "a forked process closes at its exit what its parent has set up",
+        ("lifespans", "        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))\n", ""),
+    ),
+    mutation(
+        "a request that was open at the fork keeps its parent's lifespan",
+        (
+            "requests",
+            "while self.lifespan is None or self.lifespan.is_parents:",
+            "while self.lifespan is None:",
         ),
     ),
 ]

@@ -242,8 +242,8 @@ async def test_one_that_uses_it_no_more_the_second_time_stays():
         await sometimes()
         await base.release()
         needs.clear()
-        assert await sometimes() == "sometimes 2"
         await base()
+        assert await sometimes() == "sometimes 2"
         await base.release()
         assert await sometimes() == "sometimes 2"
 

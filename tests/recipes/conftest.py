@@ -95,7 +95,7 @@ async def backends(postgres_url):
         )
 
     async def reach(number, condition="true"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while await count(condition) != number:
                 await asyncio.sleep(0.01)
 

@@ -76,7 +76,7 @@ async def returned(pool, *, soon=False):
         stats = pool.get_stats()
         return stats["pool_available"] == stats["pool_size"] > 0
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while (soon or not isinstance(pool, asyncpg.Pool)) and not is_back():
             await asyncio.sleep(0.01)
     assert is_back()
