@@ -11,6 +11,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,8 +105,9 @@ PROMISES = {
     ),
     12: (
         "Alive to the last byte",
-        'or, with `until="response"`, closed before the first one: after the view and its '
-        "middleware; a teardown that fails then turns the response into a 500.",
+        'A resource lives to the last byte of the response or, with `until="response"`, is torn '
+        "down before the first one: after the view and its middleware; a teardown that fails then "
+        "turns the response into a 500.",
     ),
     13: (
         "After the end it says so",
@@ -184,6 +186,7 @@ def tests_in(file: Path) -> Iterator[tuple[str, set[int]]]:
     yield from walk(module.body, of_module)
 
 
+@cache
 def holders() -> dict[int, dict[str, list[str]]]:
     """By promise, the files with tests that hold it, and those tests."""
     found: dict[int, dict[str, list[str]]] = {}

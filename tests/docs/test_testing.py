@@ -44,6 +44,7 @@ def tenant():
     return "public"
 """
 VIEWS = """\
+from django.db import connection
 from django.http import HttpResponse, StreamingHttpResponse
 
 from resources import db, tenant
@@ -63,6 +64,11 @@ async def stream(request):
 
 def whoami(request):
     return HttpResponse(tenant())
+
+
+def rows(request):
+    with connection.cursor() as cursor:
+        return HttpResponse(cursor.execute("SELECT number FROM numbers").fetchone()[0])
 """
 URLS = """\
 from django.urls import path
@@ -70,8 +76,31 @@ from django.urls import path
 import views
 
 urlpatterns = [
-    path("", views.index), path("stream", views.stream), path("whoami", views.whoami)
+    path("", views.index),
+    path("stream", views.stream),
+    path("whoami", views.whoami),
+    path("rows", views.rows),
 ]
+"""
+# A connection that is closed takes its database in memory along.
+ROWS = """\
+from django.db import connection
+from test_case import ViewTests
+
+
+class RowTests(ViewTests):
+    def setUp(self):
+        with connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE numbers (number int)")  # rolled back with the rest
+            cursor.execute("INSERT INTO numbers VALUES (7)")
+
+    def test_sync_rows(self):
+        assert [self.client.get("/rows").content for _ in range(2)] == [b"7"] * 2
+
+    async def test_async_rows(self):
+        async with self.async_client as client:
+            for _ in range(2):
+                assert (await client.get("/rows")).content == b"7"
 """
 SETUP = "import django\n\ndjango.setup()\n"
 
@@ -97,13 +126,14 @@ def test_the_tests_of_the_page_pass_in_a_project(tmp_path):
     files = {"settings.py": SETTINGS, "resources.py": RESOURCES, "views.py": VIEWS, "urls.py": URLS}
     for _, section in (ASYNC, SYNC, DJANGO):
         files |= pages.files(PAGE, section)
+    files["test_rows.py"] = ROWS
     files["conftest.py"] = SETUP + files["conftest.py"]
     [files["pyproject.toml"]] = pages.blocks(PAGE, ASYNC[1], "toml")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     outcome = run(tmp_path)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert "8 passed" in outcome.stdout, outcome.stdout
+    assert "14 passed" in outcome.stdout, outcome.stdout
 
 
 SHARED = """\
