@@ -132,9 +132,9 @@ PROMISES = {
     ),
     17: (
         "Sync code",
-        "Factories may be sync. A sync generator is torn down in the thread that set it up. Under "
-        "WSGI everything sync works; an async resource raises `AsyncResourceError` there, which "
-        "says what to do.",
+        "Factories may be sync. A sync generator that is set up in the event loop or in the "
+        "request's thread is torn down there. Under WSGI everything sync works; an async resource "
+        "raises `AsyncResourceError` there, which says what to do.",
     ),
 }
 

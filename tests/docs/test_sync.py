@@ -58,10 +58,12 @@ async def test_the_views_under_asgi(project, serve, notes):
     assert await notes() == ["one"]
 
 
-async def test_it_commits_before_the_first_byte(project, serve, notes):
+@pytest.mark.parametrize("autocommit", [True, False])
+async def test_it_commits_before_the_first_byte(project, serve, notes, autocommit):
     views, seen = project(SYNC).views, []
 
     def view(request):
+        views.db().autocommit = autocommit
         views.index(request)  # another statement before
         return views.post(request)
 
@@ -70,7 +72,8 @@ async def test_it_commits_before_the_first_byte(project, serve, notes):
 
     async with serve(path("", view)) as site:
         await site.get("/?text=one", before_send=look)
-    assert seen[0] == ["one"]
+    assert seen[0] == (["one"] if autocommit else [])
+    assert await notes() == ["one"]
 
 
 async def test_the_views_under_wsgi(project, notes):
