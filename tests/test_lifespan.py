@@ -22,6 +22,7 @@ from scoped import (
     request_scope,
     request_scoped,
     scopes,
+    teardown,
 )
 from scoped.lifespans import LifespanScope
 from scoped.requests import RequestScope
@@ -586,8 +587,8 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            keeper = lifespan._finalizers[pool.resource]
-            assert isinstance(keeper, scopes._Keeper)
+            keeper = lifespan.finalizers[pool.resource]
+            assert isinstance(keeper, teardown.Keeper)
             keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
             await settle()
             closing = asyncio.create_task(lifespan.close())

@@ -658,7 +658,7 @@ class TestAllOfIt:
         with pytest.raises(ScopeClosedError):
             await stray
         assert log == ["tenant"]
-        assert scope.values == scope._pending == scope._finalizers == {}
+        assert scope.values == scope.pending == scope.finalizers == {}
 
 
 CURRENT: ContextVar[str] = ContextVar("CURRENT", default="unset")
@@ -1146,7 +1146,7 @@ class TestNothingIsKept:
             await settle()
         gc.collect()
         assert [reference() for reference in gone] == [None] * 3
-        assert scope.values == scope._finalizers == scope._pending == {}
+        assert scope.values == scope.finalizers == scope.pending == {}
         stray.cancel()
 
     @WHERE
