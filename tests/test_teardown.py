@@ -1309,6 +1309,8 @@ class TestNothingIsKept:
 async def test_an_async_context_manager_around_the_yield_is_what_it_is_made_for(
     log: list[str],
 ) -> None:
+    """Promise 11."""
+
     @asynccontextmanager
     async def connect() -> AsyncIterator[str]:
         try:
@@ -1339,6 +1341,8 @@ async def test_an_async_context_manager_around_the_yield_is_what_it_is_made_for(
 
 
 async def test_a_lifespan_tears_down_all_of_it_too(log: list[str], caplog: Any) -> None:
+    """Promise 8."""
+
     caplog.set_level(logging.ERROR)
 
     @lifespan_scoped
