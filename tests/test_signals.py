@@ -1,6 +1,7 @@
 """``scoped.signals`` and ``inspect()``: what happens to scopes, for those who want to know."""
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -240,7 +241,17 @@ def test_an_async_receiver_is_refused() -> None:
     assert events.observer is None
 
 
-def test_nobody_listens_so_nothing_is_sent() -> None:
+async def test_when_the_last_receiver_is_gone_nothing_is_sent_any_more() -> None:
+    def connect() -> None:
+        def receiver(**kwargs: Any) -> None: ...
+
+        signals.scope_opened.connect(receiver)
+
+    connect()
+    assert events.observer is not None
+    gc.collect()  # receivers are held weakly
+    async with request_scope():
+        pass
     assert events.observer is None
 
 
