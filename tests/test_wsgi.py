@@ -885,6 +885,7 @@ def test_under_gunicorn_each_worker_has_a_lifespan_of_its_own(tmp_path, worker):
     """Also where the application was loaded, and used, before the workers were forked."""
     command = [
         *(sys.executable, "-m", "gunicorn", "--preload", "--workers=2", "--no-control-socket"),
+        "--graceful-timeout=4",  # a worker that is just starting may miss the signal to stop
         *(f"--worker-class={worker}", "--bind=127.0.0.1:PORT", "site_under_test:application"),
     ]
     with Site(tmp_path, command, WARM_UP="1") as site:
