@@ -201,8 +201,8 @@ class LifespanScope(Scope):
         connection, say, must neither be used from both nor be closed here.
         """
         atexit.unregister(self._close_at_exit)
-        _keep_for_ever((self.values, self._finalizers, self._pending))
-        self.values, self._finalizers, self._pending = {}, {}, {}
+        _keep_for_ever((self.values, self.finalizers, self.pending))
+        self.values, self.finalizers, self.pending = {}, {}, {}
         self._state = "closed"
         self.is_parents = True
 

@@ -60,7 +60,7 @@ class _ForeignScope(RequestScope):
     @property
     def can_close_without_loop(self) -> bool:
         return self.sync_only or not (
-            self.values or self._pending or self._releases or self.lifespan or self.response
+            self.values or self.pending or self.releases or self.lifespan or self.response
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from scoped.exceptions import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
 from scoped.lifespans import LifespanScope, lifespans
+from scoped.releases import others_released, releasing
 from scoped.scopes import Lifetime, Scope, current, scope_here
 from scoped.setups import SetUp
 from scoped.waiting import run_without_loop, running_loop
@@ -51,8 +52,8 @@ class RequestScope(Scope):
         if self.sync_only:
             await response.close(self.failure)
         else:
-            await self.others_released()
-            with self.releasing():
+            await others_released(self)
+            with releasing(self):
                 await response.close(self.failure)
 
     def until_response(self, resource: "Resource[Any]") -> Scope:
@@ -130,7 +131,7 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        held = self.values or self._pending or self._releases or self.response or self.lifespan
+        held = self.values or self.pending or self.releases or self.response or self.lifespan
         if not held and self.is_open:
             self._let_go(exc)
             self.leave()
@@ -140,7 +141,7 @@ class RequestScope(Scope):
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise
-            self._log(error)
+            self.log(error)
         finally:
             self.leave()
 

@@ -32,8 +32,8 @@ its factory used; they are taken out again last in, first out.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Coroutine, Generator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Coroutine
+from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
 from threading import get_ident
@@ -49,14 +49,15 @@ from scoped.exceptions import (
     TeardownError,
 )
 from scoped.setups import Latch, SetUp
-from scoped.teardown import finish_in_time, timed_out, warn_if_slow
-from scoped.waiting import current_task, hop, outlast, run_without_loop, running_loop
+from scoped.teardown import Elsewhere, Keeper, finish
+from scoped.waiting import current_task, outlast, running_loop
 
 if TYPE_CHECKING:
     from scoped.lifespans import LifespanScope
+    from scoped.releases import Release
     from scoped.resources import Resource
 
-__all__ = ["Lifetime", "Scope", "current", "scope_here"]
+__all__ = ["Lifetime", "Scope", "asker_here", "current", "scope_here"]
 
 logger = logging.getLogger("scoped")
 
@@ -85,7 +86,7 @@ def scope_here() -> "Scope | None":
     return here.scope.visible if isinstance(here, SetUp) else here
 
 
-def _asker() -> SetUp | None:
+def asker_here() -> SetUp | None:
     """The unfinished set-up that the code at hand is a part of."""
     asker = current.get()
     return asker if type(asker) is SetUp and not asker.done else None
@@ -118,40 +119,6 @@ def _graver(one: BaseException | None, other: BaseException) -> BaseException:
     return one
 
 
-class _Keeper:
-    """Tears down, in the task that set it up, what some other task than the owner asked for."""
-
-    __slots__ = ("generator", "task", "verdict")
-
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-        task = asyncio.current_task()
-        assert task is not None
-        self.task: asyncio.Task[None] = task
-        self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
-
-
-class _Elsewhere:
-    """Where a sync generator was started, if not by the owner."""
-
-    __slots__ = ("context", "generator", "thread")
-
-    def __init__(self, generator: Any, context: Context) -> None:
-        self.generator = generator
-        self.context = context
-        self.thread = get_ident()
-
-
-class _Release:
-    """Some of a scope is torn down while the scope stays open."""
-
-    __slots__ = ("over", "tasks")
-
-    def __init__(self, task: "asyncio.Task[Any]") -> None:
-        self.over: asyncio.Future[None] = task.get_loop().create_future()
-        self.tasks = [task]  # in which teardowns run
-
-
 class Scope:
     """
     What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose it is,
@@ -162,24 +129,24 @@ class Scope:
     __slots__ = (
         "__weakref__",
         "_closer",
-        "_finalizers",
-        "_pending",
         "_previous",
-        "_releases",
         "_state",
-        "_uses",
         "failure",
+        "finalizers",
         "has_responded",
         "lifespan",
         "loop",
         "name",
         "opened",
         "owner",
+        "pending",
+        "releases",
         "request",
         "response",
         "served",
         "sync_only",
         "thread",
+        "uses",
         "values",
     )
 
@@ -198,11 +165,11 @@ class Scope:
         self.name = name
         self.values: dict[Resource[Any], Any] = {}
         # Generators to be finished by the owner; keepers; and where else they were started.
-        self._finalizers: dict[Resource[Any], Any] = {}
-        self._pending: dict[Resource[Any], SetUp] = {}
+        self.finalizers: dict[Resource[Any], Any] = {}
+        self.pending: dict[Resource[Any], SetUp] = {}
         # What each used that was set up, where it used any; and what is released right now.
-        self._uses: dict[Resource[Any], list[Resource[Any]]] | None = None
-        self._releases: list[_Release] | None = None
+        self.uses: dict[Resource[Any], list[Resource[Any]]] | None = None
+        self.releases: list[Release] | None = None
         self._state = "new"
         self._previous: Scope | SetUp | None = None
         self.sync_only = False
@@ -243,7 +210,7 @@ class Scope:
             self.failure = failure
 
     def being_set_up(self) -> "list[Resource[Any]]":
-        return list(self._pending)
+        return list(self.pending)
 
     # First use
 
@@ -252,7 +219,7 @@ class Scope:
         if (
             self._state == "open"
             and self.owns_set_ups
-            and resource not in self._pending
+            and resource not in self.pending
             and resource not in self.values
             and self.owner is asyncio.current_task()
         ):
@@ -260,13 +227,13 @@ class Scope:
         return self._get(resource)
 
     async def _get(self, resource: "Resource[Any]") -> Any:
-        asker = _asker()
+        asker = asker_here()
         while True:
             self._check_open(resource)
-            self._check_loop(resource)
+            self.check_loop(resource)
             if resource in self.values:
                 return self.values[resource]
-            set_up, first = self._pending.get(resource), False
+            set_up, first = self.pending.get(resource), False
             if set_up is None:
                 if self.owns_set_ups and self.owner is asyncio.current_task():
                     return await self._set_up_here(resource)
@@ -283,7 +250,7 @@ class Scope:
         if self._state != "open" and not (self._state == "closing" and resource in self.values):
             raise ScopeClosedError(resource, self, self.closed_hint)
 
-    def _check_loop(self, resource: "Resource[Any]") -> None:
+    def check_loop(self, resource: "Resource[Any]") -> None:
         if self.sync_only:
             raise AsyncResourceError(
                 resource,
@@ -328,7 +295,7 @@ class Scope:
                 set_up.keeper.cancel()  # nobody wants it any more
 
     async def _set_up_here(self, resource: "Resource[Any]") -> Any:
-        set_up = self._pending[resource] = SetUp(resource, self)
+        set_up = self.pending[resource] = SetUp(resource, self)
         outer = current.get()
         asker = outer if type(outer) is SetUp and not outer.done else None
         if asker is not None:
@@ -342,9 +309,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                self._finalizers[resource] = generator
+                self.finalizers[resource] = generator
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
         except BaseException as raised:
             error = _explained(resource, raised)
@@ -355,7 +322,7 @@ class Scope:
             current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self._pending[resource]
+            del self.pending[resource]
             set_up.done = True
             if set_up.waiters is not None:
                 set_up.settle(error)
@@ -374,21 +341,23 @@ class Scope:
 
     def _make_uses(self) -> "dict[Resource[Any], list[Resource[Any]]]":
         with _lock:
-            if self._uses is None:
-                self._uses = {}
-            return self._uses
+            if self.uses is None:
+                self.uses = {}
+            return self.uses
 
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
         """What is set up only after the scope has begun to close is torn down at once."""
         if generator is not None:
             try:
-                await self._finish_in_time(resource, generator, self.failure)
+                rest = finish(resource, self, generator, self.failure)
+                if rest is not None:
+                    await rest
             except Exception as error:
-                self._log(error)  # perhaps nobody waits any more to be told
+                self.log(error)  # perhaps nobody waits any more to be told
         raise ScopeClosedError(resource, self, self.closed_hint)
 
     def _hand_to_keeper(self, set_up: SetUp) -> None:
-        self._pending[set_up.resource] = set_up
+        self.pending[set_up.resource] = set_up
         context = self._context()
         keeper = context.run(asyncio.create_task, self._keep(set_up))
         if set_up.done:  # an eager task factory has run it to its end
@@ -397,7 +366,7 @@ class Scope:
 
         def forget(_: asyncio.Task[None]) -> None:
             if not set_up.done:  # cancelled before its first step
-                del self._pending[set_up.resource]
+                del self.pending[set_up.resource]
                 set_up.settle(asyncio.CancelledError())
 
         # Else the Context of the asker, a request's, would live as long as a lifespan's keeper.
@@ -410,7 +379,7 @@ class Scope:
     async def _keep(self, set_up: SetUp) -> None:
         resource = set_up.resource
         error: BaseException | None = None
-        keeper: _Keeper | None = None
+        keeper: Keeper | None = None
         began = 0.0 if events.observer is None else perf_counter()
         current.set(set_up)
         try:
@@ -419,9 +388,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                keeper = self._finalizers[resource] = _Keeper(generator)
+                keeper = self.finalizers[resource] = Keeper(generator)
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             del value, generator, coming
         except BaseException as raised:
@@ -431,7 +400,7 @@ class Scope:
             return
         finally:
             current.set(self.visible)
-            self._pending.pop(resource, None)
+            self.pending.pop(resource, None)
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, None)
@@ -443,10 +412,12 @@ class Scope:
                 # A timeout or task group across the `yield` has cancelled this task, to be told so.
                 if failure is None and self.lifetime is not Lifetime.LIFESPAN:
                     failure = cancellation
-                await self._finish_in_time(resource, keeper.generator, failure)
+                rest = finish(resource, self, keeper.generator, failure)
+                if rest is not None:
+                    await rest
 
     async def _await_verdict(
-        self, resource: "Resource[Any]", keeper: _Keeper
+        self, resource: "Resource[Any]", keeper: Keeper
     ) -> asyncio.CancelledError | None:
         """
         A keeper that is cancelled (its event loop shuts down, say) still waits for
@@ -467,7 +438,7 @@ class Scope:
                         await self._close_abandoned(error, loop_ends=True)
                     self._closer = None
                     # Still there, if somebody else has begun to close: then that one's turn comes.
-                    if resource not in self._finalizers:
+                    if resource not in self.finalizers:
                         break
         return cancellation
 
@@ -478,7 +449,7 @@ class Scope:
         """The value of an async resource, for sync code, where it is set up already."""
         self._check_open(resource)
         if self.sync_only:
-            self._check_loop(resource)  # says that there is none
+            self.check_loop(resource)  # says that there is none
         try:
             return self.values[resource]
         except KeyError:
@@ -492,7 +463,7 @@ class Scope:
 
     def get_sync(self, resource: "Resource[Any]") -> Any:
         """The value of a sync resource, set up now if need be, in this thread."""
-        asker = _asker()
+        asker = asker_here()
         while True:
             self._check_open(resource)
             try:
@@ -500,11 +471,11 @@ class Scope:
             except KeyError:
                 pass
             set_up = SetUp(resource, self, Latch())
-            other = self._pending.setdefault(resource, set_up)
+            other = self.pending.setdefault(resource, set_up)
             if other is set_up:
                 if resource not in self.values:  # by a thread that came first, since the look
                     return self._set_up_sync(set_up, asker)
-                del self._pending[resource]
+                del self.pending[resource]
                 set_up.settle()
             elif (latch := other.latch) is not None:
                 self._wait_for_thread(other, latch, asker)
@@ -553,11 +524,11 @@ class Scope:
                 generator, value = context.run(resource.factory.start)
                 context.run(current.set, self.visible)
             if generator is not None:
-                self._finalizers[resource] = (
-                    generator if context is None else _Elsewhere(generator, context)
+                self.finalizers[resource] = (
+                    generator if context is None else Elsewhere(generator, context)
                 )
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             # Looked at after the value is in, for another thread may be closing the scope:
             # either its teardown still finds the value, or this finds the scope closed.
@@ -572,7 +543,7 @@ class Scope:
                 current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self._pending[resource]
+            del self.pending[resource]
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, asker)
@@ -582,8 +553,8 @@ class Scope:
     def _take_back(self, resource: "Resource[Any]") -> None:
         if self.values.pop(resource, self) is self:
             return  # the teardown has it
-        finalizer = self._finalizers.pop(resource, None)
-        if isinstance(finalizer, _Elsewhere):
+        finalizer = self.finalizers.pop(resource, None)
+        if isinstance(finalizer, Elsewhere):
             finalizer.context.run(resource.factory.finish, finalizer.generator, self.failure)
         elif finalizer is not None:
             resource.factory.finish(finalizer, self.failure)
@@ -632,10 +603,10 @@ class Scope:
             self.failure = failure
         failure = self.failure
         problems: list[BaseException] = []
-        if self._pending and (cancellation := await self._stop_set_ups()) is not None:
+        if self.pending and (cancellation := await self._stop_set_ups()) is not None:
             problems.append(cancellation)
-        if self._releases:
-            overs = [release.over for release in self._releases]
+        if self.releases:
+            overs = [release.over for release in self.releases]
             if (cancellation := await outlast(*overs)) is not None:
                 problems.append(cancellation)
         if self.response is not None:
@@ -645,7 +616,7 @@ class Scope:
                 resource = self.values.popitem()[0]
             except KeyError:  # a thread that was setting it up took it back, since the look
                 continue
-            rest = self._tear_down(resource, failure, problems)
+            rest = self.tear_down(resource, failure, problems)
             if rest is not None:
                 await rest
         self._let_go(failure)
@@ -653,9 +624,9 @@ class Scope:
         if self.lifespan is not None:
             await _gather_problems(self._closed(), problems)
         if problems:
-            self._raise(problems)
+            self.raise_all(problems)
 
-    def _raise(self, problems: list[BaseException]) -> NoReturn:
+    def raise_all(self, problems: list[BaseException]) -> NoReturn:
         """A reason to stop bare, if there is one; else the errors, as a group."""
         errors = [problem for problem in problems if isinstance(problem, Exception)]
         fatal: BaseException | None = None
@@ -666,12 +637,12 @@ class Scope:
             if fatal is None:
                 raise TeardownError(self, errors)
             if errors:
-                self._log(TeardownError(self, errors))
+                self.log(TeardownError(self, errors))
             raise fatal
         finally:
             del fatal, errors, problems
 
-    def _tear_down(
+    def tear_down(
         self,
         resource: "Resource[Any]",
         failure: BaseException | None,
@@ -681,19 +652,12 @@ class Scope:
         Begin to. Returns what is to be awaited for the rest, if that was not all.
         What it raises is added to the problems, a cancellation too: others follow.
         """
-        finalizer = self._finalizers.pop(resource, None)
+        finalizer = self.finalizers.pop(resource, None)
         if finalizer is None:
             return None
         began = 0.0 if events.observer is None else perf_counter()
         try:
-            if isinstance(finalizer, _Keeper):
-                rest = self._finish_in_keeper(resource, finalizer, failure)
-            elif isinstance(finalizer, _Elsewhere):
-                rest = self._finish_elsewhere(resource, finalizer, failure)
-            else:
-                rest = resource.factory.finish(finalizer, failure)
-                if rest is not None:
-                    rest = finish_in_time(rest, resource, self)
+            rest = finish(resource, self, finalizer, failure)
         except BaseException as error:
             self._torn_down(resource, began, error, problems)
             return None
@@ -738,157 +702,11 @@ class Scope:
         self._state = "closed"
         if (observer := events.observer) is not None and self.visible is self:
             observer.scope_closed(self, perf_counter() - self.opened, failure)
-        self.failure = self.owner = self._closer = self._uses = self.request = self.response = None
+        self.failure = self.owner = self._closer = self.uses = self.request = self.response = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
             self._previous = None
-
-    # Early release
-
-    async def release(self, resource: "Resource[Any]") -> None:
-        """
-        Tear it down now, and before it what has used it. Raises as ``close()`` does,
-        and AsyncResourceError where this is not the place: then nothing has changed.
-        """
-        if self._state != "open" or not (resource in self.values or self.visible._releases):
-            return
-        self._check_loop(resource)
-        # One at a time: what two of them find they might tear down in any order.
-        await self.others_released()
-        self._check_release(resource, in_loop=True)
-        with self.releasing():
-            await self._tear_down_users(resource, in_loop=True)
-
-    def release_sync(self, resource: "Resource[Any]") -> None:
-        """As ``release()``, from sync code, for what is sync and was set up in this thread."""
-        if self._state != "open" or resource not in self.values:
-            return
-        if self._others_releases():
-            raise AsyncResourceError(
-                resource,
-                self,
-                "something else of its scope is being torn down right now",
-                "Wait for that in async code, and release it then.",
-            )
-        self._check_release(resource, in_loop=False)
-        run_without_loop(self._tear_down_users(resource, in_loop=False))
-
-    def _others_releases(self) -> list[_Release]:
-        """Those under way, but for one that has led here: its teardown asks for another."""
-        releases = self.visible._releases
-        if not releases:
-            return []
-        task = current_task()
-        return [release for release in releases if task is None or task not in release.tasks]
-
-    async def others_released(self) -> None:
-        while others := self._others_releases():
-            await asyncio.wait([release.over for release in others])
-
-    @contextmanager
-    def releasing(self) -> Generator[None, None, None]:
-        """While some of it is torn down: others wait for that."""
-        holder, task = self.visible, asyncio.current_task()
-        assert task is not None
-        release = _Release(task)
-        if holder._releases is None:
-            holder._releases = []
-        holder._releases.append(release)
-        try:
-            yield
-        finally:
-            holder._releases.remove(release)
-            release.over.set_result(None)
-
-    async def _tear_down_users(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
-        problems: list[BaseException] = []
-        for scope, user in self._users_last_first(resource, problems, in_loop=in_loop):
-            rest = scope._tear_down(user, None, problems)
-            if rest is not None:
-                await rest
-        if problems:
-            self._raise(problems)
-
-    def _users_last_first(
-        self, resource: "Resource[Any]", problems: list[BaseException], *, in_loop: bool
-    ) -> "Iterator[tuple[Scope, Resource[Any]]]":
-        """
-        Takes them out. Looks anew each time, as while one is torn down others may be
-        set up with what is still there.
-        """
-        while users := self._users_of(resource):
-            try:
-                self._check_release(resource, in_loop=in_loop)
-            except AsyncResourceError as error:
-                problems.append(error)
-                return
-            scope, user = users[-1]
-            scope.values.pop(user, None)
-            if scope._uses is not None:
-                scope._uses.pop(user, None)
-            yield scope, user
-
-    def _users_of(self, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":
-        """What is to go when it goes, itself included, in the order in which it was set up."""
-        if self._state != "open":
-            return []
-        found: list[tuple[Scope, Resource[Any]]] = []
-        gone: set[Resource[Any]] = set()
-        for scope in self._with_response():
-            uses = scope._uses or {}
-            for one in list(scope.values):  # a user's set-up ends after that of what it uses
-                if one is resource or not gone.isdisjoint(uses.get(one, ())):
-                    gone.add(one)
-                    found.append((scope, one))
-        return found
-
-    def _with_response(self) -> "list[Scope]":
-        return [self] if self.response is None else [self, self.response]
-
-    def _check_release(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
-        users = self._users_of(resource)
-        for scope, user in users:
-            scope._check_place(user, in_loop=in_loop)
-        doomed, asker = {user for _, user in users}, _asker()
-        for scope in self._with_response():
-            for set_up in list(scope._pending.values()):
-                if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):
-                    continue
-                raise AsyncResourceError(
-                    resource,
-                    self,
-                    f"{set_up.resource} is being set up with it right now",
-                    "Release it when that is done.",
-                )
-
-    def _check_place(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
-        finalizer = self._finalizers.get(resource)
-        if finalizer is None:
-            return
-        if not in_loop and resource.factory.is_async:
-            raise AsyncResourceError(
-                resource,
-                self,
-                "it is async, and uses what sync code is about to release",
-                "Release it first, with `await ....release()`.",
-            )
-        if isinstance(finalizer, _Elsewhere):
-            here = in_loop or finalizer.thread == get_ident()
-        elif isinstance(finalizer, _Keeper):
-            here = True
-        else:
-            here = self.thread == get_ident() and self.owner is current_task()
-        if not here:
-            raise AsyncResourceError(
-                resource,
-                self,
-                "what is torn down must be so where it was set up, and that is elsewhere",
-                "Release it in the task or thread that used it first: for what a view has used, in "
-                "the view itself.",
-            )
-
-    # Closing, in parts
 
     async def _stop_set_ups(self) -> asyncio.CancelledError | None:
         """
@@ -899,77 +717,13 @@ class Scope:
         cancellation = None
         while keepers := [
             set_up.keeper
-            for set_up in list(self._pending.values())  # threads may change it meanwhile
+            for set_up in list(self.pending.values())  # threads may change it meanwhile
             if set_up.keeper is not None and not set_up.keeper.done()
         ]:
             for keeper in keepers:
                 keeper.cancel()
             cancellation = await outlast(*keepers, seconds=self.teardown_timeout) or cancellation
         return cancellation
-
-    async def _finish_in_time(
-        self, resource: "Resource[Any]", generator: Any, failure: BaseException | None
-    ) -> None:
-        rest = resource.factory.finish(generator, failure)
-        if rest is not None:
-            await finish_in_time(rest, resource, self)
-
-    async def _finish_in_keeper(
-        self, resource: "Resource[Any]", keeper: _Keeper, failure: BaseException | None
-    ) -> None:
-        if keeper.task is asyncio.current_task():  # it closes an abandoned scope
-            await self._finish_in_time(resource, keeper.generator, failure)
-            return
-        if not keeper.verdict.done():
-            keeper.verdict.set_result(failure)
-        for release in self.visible._releases or ():
-            if asyncio.current_task() in release.tasks:
-                release.tasks.append(keeper.task)
-        await self._finish_in_task(resource, keeper.task)
-
-    async def _finish_elsewhere(
-        self, resource: "Resource[Any]", elsewhere: _Elsewhere, failure: BaseException | None
-    ) -> None:
-        def finish() -> None:
-            elsewhere.context.run(resource.factory.finish, elsewhere.generator, failure)
-
-        if self.sync_only or elsewhere.thread == get_ident():
-            finish()
-        else:
-            began = perf_counter()
-            # In a task, as asgiref drops what is cancelled before the thread gets to it. In
-            # time, as nothing ends a thread that hangs.
-            await self._finish_in_task(
-                resource, asyncio.create_task(hop(finish)), self.teardown_timeout
-            )
-            warn_if_slow(resource, self, perf_counter() - began)
-
-    async def _finish_in_task(
-        self, resource: "Resource[Any]", task: "asyncio.Task[None]", seconds: float | None = None
-    ) -> None:
-        """Wait for the task in which it is torn down, whoever cancels this one meanwhile."""
-        cancellation: BaseException | None = await outlast(task, seconds=seconds)
-        error: BaseException | None = None
-        if not task.done():
-            task.add_done_callback(self._log_late)
-            error = timed_out(resource, self.teardown_timeout)
-        elif task.cancelled():
-            cancellation = cancellation or asyncio.CancelledError()
-        else:
-            error = task.exception()
-        try:
-            if cancellation is not None:
-                if error is not None:
-                    self._log(error)
-                raise cancellation
-            if error is not None:
-                raise error
-        finally:
-            del cancellation, error
-
-    def _log_late(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log(error)
 
     def give_up(self) -> "asyncio.Task[Any] | None":
         """Its lifespan does not wait any longer. Returns a task that it has cancelled."""
@@ -985,7 +739,11 @@ class Scope:
         except TeardownError as error:
             if failure is None or isinstance(failure, Exception):
                 raise
-            self._log(error)
+            self.log(error)
 
-    def _log(self, error: BaseException) -> None:
+    def log(self, error: BaseException) -> None:
         logger.error("While %s was closed: %s", self, error, exc_info=error)
+
+    def log_late(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log(error)

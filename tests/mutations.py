@@ -26,6 +26,7 @@ TESTS = [
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
         *("until_response", "release", "wsgi"),
         *("factories", "threads", "many_threads", "every_await", "model"),
+        *("background", "testing", "signals"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.
@@ -163,22 +164,22 @@ MUTATIONS = [
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("scopes", "if self._pending and (cancellation", "if None and (cancellation"),
+        ("scopes", "if self.pending and (cancellation", "if None and (cancellation"),
     ),
     mutation(
         "what is set up too late is never torn down",
         (
             "scopes",
-            "await self._finish_in_time(resource, generator, self.failure)",
-            "pass",
+            "rest = finish(resource, self, generator, self.failure)",
+            "rest = None",
         ),
     ),
     mutation(
         "a closed scope keeps what ended it",
         (
             "scopes",
-            "self.failure = self.owner = self._closer = self._uses",
-            "self._uses",
+            "self.failure = self.owner = self._closer = self.uses",
+            "self.uses",
         ),
     ),
     mutation(
@@ -224,8 +225,8 @@ MUTATIONS = [
         "threads do not wait for each other's set-ups",
         (
             "scopes",
-            "other = self._pending.setdefault(resource, set_up)",
-            "other = self._pending[resource] = set_up",
+            "other = self.pending.setdefault(resource, set_up)",
+            "other = self.pending[resource] = set_up",
         ),
     ),
     # Isolation
@@ -327,82 +328,82 @@ MUTATIONS = [
     mutation(
         "what has used a resource outlives its release",
         (
-            "scopes",
+            "releases",
             "if one is resource or not gone.isdisjoint(uses.get(one, ())):",
             "if one is resource:",
         ),
     ),
     mutation(
         "what has used a resource is torn down after it",
-        ("scopes", "            scope, user = users[-1]\n", "            scope, user = users[0]\n"),
+        ("releases", "        holder, user = users[-1]\n", "        holder, user = users[0]\n"),
     ),
     mutation(
         "releases do not wait for each other",
-        ("scopes", "        await self.others_released()\n", ""),
+        ("releases", "    await others_released(scope)\n", ""),
     ),
     mutation(
         "a release that a teardown asks for waits for the one around it",
-        ("scopes", "                release.tasks.append(keeper.task)\n", "                pass\n"),
+        ("teardown", "            release.tasks.append(keeper.task)\n", "            pass\n"),
     ),
     mutation(
         "the end of a scope does not wait for a release",
         (
             "scopes",
-            "        if self._releases:\n            overs",
+            "        if self.releases:\n            overs",
             "        if None:\n            overs",
         ),
     ),
     mutation(
         "the end of an empty block does not wait for a release",
-        ("requests", "self._pending or self._releases or", "self._pending or"),
+        ("requests", "self.pending or self.releases or", "self.pending or"),
     ),
     mutation(
         "the response does not wait for a release",
-        ("requests", "            await self.others_released()\n", ""),
+        ("requests", "            await others_released(self)\n", ""),
     ),
     mutation(
         "a release does not wait for what ends with the response",
         (
             "requests",
-            "            with self.releasing():\n                await",
+            "            with releasing(self):\n                await",
             "            if True:\n                await",
         ),
     ),
     mutation(
         "a release does not see what is being set up",
         (
-            "scopes",
+            "releases",
             "if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):",
             "if True:",
         ),
     ),
     mutation(
         "a factory cannot release what it has used",
-        ("scopes", " or set_up.waits_for(asker):", ":"),
+        ("releases", " or set_up.waits_for(asker):", ":"),
     ),
     mutation(
         "a release looks once only",
         (
-            "scopes",
-            "        while users := self._users_of(resource):\n",
-            "        users = self._users_of(resource)\n        while users:\n",
+            "releases",
+            "    while users := _users_of(scope, resource):\n",
+            "    users = _users_of(scope, resource)\n    while users:\n",
         ),
         (
-            "scopes",
-            "            scope, user = users[-1]\n",
-            "            scope, user = users.pop()\n",
+            "releases",
+            "        holder, user = users[-1]\n",
+            "        holder, user = users.pop()\n",
         ),
     ),
     mutation(
         "what was used once is taken to be used for ever",
-        ("scopes", "                scope._uses.pop(user, None)\n", "                pass\n"),
+        ("releases", "            holder.uses.pop(user, None)\n", "            pass\n"),
     ),
     mutation(
         "anybody may release what the owner has set up",
         (
-            "scopes",
-            "            here = self.thread == get_ident() and self.owner is current_task()\n",
-            "            here = True\n",
+            "releases",
+            "        here = scope.thread == get_ident() and scope.owner is current_task()\n",
+            "        here = True\n",
         ),
     ),
     # The sync world
@@ -445,6 +446,43 @@ MUTATIONS = [
             "while self.lifespan is None or self.lifespan.is_parents:",
             "while self.lifespan is None:",
         ),
+    ),
+    # Background tasks, tests, signals
+    mutation(
+        "a background task that shutdown no longer waits for runs on",
+        ("background", "            self.owner.cancel()\n", "            return None\n"),
+    ),
+    mutation(
+        "a background task uses the request's thread",
+        ("background", "ThreadSensitiveContext(executor=thread)", "ThreadSensitiveContext()"),
+    ),
+    mutation(
+        "factories are not told of a background task's failure",
+        ("background", "await scope.close(failure)", "await scope.close()"),
+    ),
+    mutation(
+        "a background task that never began keeps its scope",
+        ("background", "    if scope.is_open:  #", "    if False:  #"),
+    ),
+    mutation(
+        "an override is not undone",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._recipe"),
+    ),
+    mutation(
+        "an override undoes the one inside it",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._access.resource"),
+    ),
+    mutation(
+        "test clients' lifespan-scoped resources live for ever",
+        ("receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
+    ),
+    mutation(
+        "signals do not tell who asked",
+        ("scopes", "set_up.asked_by if asker is None else asker.resource", "None"),
+    ),
+    mutation(
+        "the lifespan of a loop that ends is kept by who never dropped it",
+        ("lifespans", "if not self._holders or loop_ends:", "if not self._holders:"),
     ),
 ]
 

@@ -16,7 +16,7 @@ PACKAGE = Path(scoped.__file__).parent
 # above only.
 CORE = [
     *("exceptions", "factories", "events", "waiting", "setups", "teardown"),
-    *("scopes", "lifespans", "requests", "resources"),
+    *("scopes", "releases", "lifespans", "requests", "resources"),
     *("inspection", "overrides", "threads", "background", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "conf", "checks", "apps", "testing"]
