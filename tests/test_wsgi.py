@@ -1054,6 +1054,7 @@ def test_a_fork_inside_an_event_loop_leaves_what_that_holds_to_the_parent():
         "    finally:\n"
         "        made.close()\n"
         "async def main():\n"
+        "    asyncio.get_running_loop().slow_callback_duration = 60  # it waits for the child\n"
         "    async with lifespan_scope(), request_scope():\n"
         "        await pool()\n"
         "        if fork():\n"
