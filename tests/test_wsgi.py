@@ -885,6 +885,7 @@ def test_under_gunicorn_each_worker_has_a_lifespan_of_its_own(tmp_path, worker):
     """Also where the application was loaded, and used, before the workers were forked."""
     command = [
         *(sys.executable, "-m", "gunicorn", "--preload", "--workers=2", "--no-control-socket"),
+        "--graceful-timeout=4",  # a worker that is just starting may miss the signal to stop
         *(f"--worker-class={worker}", "--bind=127.0.0.1:PORT", "site_under_test:application"),
     ]
     with Site(tmp_path, command, WARM_UP="1") as site:
@@ -1053,6 +1054,7 @@ def test_a_fork_inside_an_event_loop_leaves_what_that_holds_to_the_parent():
         "    finally:\n"
         "        made.close()\n"
         "async def main():\n"
+        "    asyncio.get_running_loop().slow_callback_duration = 60  # it waits for the child\n"
         "    async with lifespan_scope(), request_scope():\n"
         "        await pool()\n"
         "        if fork():\n"
