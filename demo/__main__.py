@@ -4,9 +4,7 @@ Run the demo: ``python -m demo``. Starts PostgreSQL and Redis too, unless
 """
 
 import argparse
-import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -68,18 +66,12 @@ def serve(listener: socket.socket) -> None:
     config = uvicorn.Config(
         "demo.asgi:application", lifespan="on", timeout_graceful_shutdown=0.5, log_config=None
     )
-    logging.getLogger("uvicorn.error").addFilter(is_news)
     try:
         WebServer(config).run([listener])
     finally:
         # What is left to do takes a moment. A second Ctrl-C shall not get in its way.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """uvicorn cancels the streams still open at its end, and logs each as if it were a failure."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 if __name__ == "__main__":

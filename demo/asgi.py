@@ -1,10 +1,25 @@
 """The ASGI application: ``uvicorn demo.asgi:application``."""
 
 import os
+from typing import Any
 
 from scoped.asgi import get_asgi_application
 
 # Not setdefault(): what another project has left in the shell is not meant for the demo.
 os.environ["DJANGO_SETTINGS_MODULE"] = "demo.settings"
 
-application = get_asgi_application()
+scoped_application = get_asgi_application()
+
+from django.core.handlers.asgi import ASGIHandler  # noqa: E402
+
+from demo.timeline import Recorder  # noqa: E402
+
+stock_application = ASGIHandler()
+
+
+async def side_by_side(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    is_stock = scope["type"] == "http" and scope["path"].startswith("/stock/")
+    await (stock_application if is_stock else scoped_application)(scope, receive, send)
+
+
+application = Recorder(side_by_side)

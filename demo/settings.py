@@ -26,6 +26,7 @@ ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").spl
 
 INSTALLED_APPS = ["scoped", "demo"]
 MIDDLEWARE = [
+    "demo.middleware.content_security_policy",
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.common.CommonMiddleware",  # refuses what is not in ALLOWED_HOSTS
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -36,10 +37,16 @@ TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP
 USE_TZ = True
 TIME_ZONE = "UTC"
 
+# Stock Django, since 6.1, leaves requests open that nothing ever closes: do not wait for long.
+SCOPED = {"SHUTDOWN_TIMEOUT": 1}
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "filters": {"news": {"()": "demo.logs.WhatIsNews"}},
+    "handlers": {
+        "console": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["news"]}
+    },
     "root": {"handlers": ["console"], "level": "WARNING"},
 }

@@ -1,17 +1,28 @@
 """A message wall: read it, write on it, watch it."""
 
 import json
+import platform
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import django
 from django import forms
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, StreamingHttpResponse
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    HttpResponseRedirect,
+    StreamingHttpResponse,
+)
 from django.shortcuts import render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST, require_safe
 from redis.asyncio.client import PubSub
 
+from demo import stock, timeline
+from demo.endings import ENDINGS
 from demo.resources import db, pool, redis, subscription
 
 LATEST = "SELECT id, text, posted_at FROM messages ORDER BY id DESC LIMIT 50"
@@ -19,6 +30,11 @@ MISSED = "SELECT id, text, posted_at FROM messages WHERE id > $1 ORDER BY id LIM
 POST = "INSERT INTO messages (text) VALUES ($1) RETURNING id, text, posted_at"
 
 HEARTBEAT = 15  # seconds: shorter than the idle timeouts of proxies
+
+STATIC = {
+    "demo.css": ("text/css", Path(__file__).with_name("static") / "demo.css"),
+    "demo.js": ("text/javascript", Path(__file__).with_name("static") / "demo.js"),
+}
 
 
 class TextField(forms.CharField):
@@ -70,26 +86,60 @@ async def events(request: HttpRequest) -> StreamingHttpResponse:
     )
 
 
+@require_POST
+async def reset(request: HttpRequest) -> HttpResponse:
+    await (await redis()).publish("stock", "reset")
+    return HttpResponse(status=204)
+
+
+@require_safe
+async def static(request: HttpRequest, name: str) -> HttpResponse:
+    if name not in STATIC:
+        raise Http404
+    content_type, path = STATIC[name]
+    content = path.read_bytes()  # a few kilobytes, in the system's cache
+    return HttpResponse(content, content_type, headers={"Cache-Control": "no-cache"})
+
+
+@require_safe
+async def health(request: HttpRequest) -> HttpResponse:
+    await (await db()).execute("SELECT 1")
+    await (await redis()).ping()
+    return HttpResponse("Healthy.", content_type="text/plain")
+
+
 async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> HttpResponse:
     messages = await (await db()).fetch(LATEST)
-    return render(request, "wall.html", {"form": form, "messages": messages}, status=status)
+    context = {
+        "form": form,
+        "messages": messages,
+        "endings": [(ending, ending.name in stock.LOST) for ending in ENDINGS],
+        "losses": stock.LOSSES,
+        "stock_size": stock.SIZE,
+        "django": django.get_version(),
+        "python": platform.python_version(),
+    }
+    return render(request, "wall.html", context, status=status)
 
 
-async def stream(messages: PubSub, last_seen: str) -> AsyncIterator[str]:
+async def stream(published: PubSub, last_seen: str) -> AsyncIterator[str]:
     yield ": subscribed\n\n"
     # Subscribed first: what comes between the two is sent twice rather than never. And not
     # through db(), which would keep a connection for as long as the page is open.
     if re.fullmatch(r"[0-9]{1,18}", last_seen):
         for message in await (await pool()).fetch(MISSED, int(last_seen)):
-            yield as_event(as_json(message))
+            yield as_event("messages", as_json(message))
+    yield as_event("timeline", await timeline.latest(await redis()))
     while True:
-        published = await messages.get_message(timeout=HEARTBEAT)
-        yield as_event(published["data"]) if published else ": still here\n\n"
+        news = await published.get_message(timeout=HEARTBEAT)
+        yield as_event(news["channel"], news["data"]) if news else ": still here\n\n"
 
 
 def as_json(message: Any) -> str:
     return json.dumps({**message, "posted_at": message["posted_at"].isoformat()})
 
 
-def as_event(message: str) -> str:
-    return f"id: {json.loads(message)['id']}\ndata: {message}\n\n"
+def as_event(channel: str, data: str) -> str:
+    if channel == "messages":
+        return f"id: {json.loads(data)['id']}\ndata: {data}\n\n"
+    return f"event: {channel}\ndata: {data}\n\n"

@@ -54,7 +54,7 @@ class Demo:
     def __init__(
         self, *arguments: str, command: Sequence[str] = COMMAND, **environment: str
     ) -> None:
-        ours = ("DATABASE_URL", "REDIS_URL", "PORT", "ALLOWED_HOSTS")
+        ours = ("DATABASE_URL", "REDIS_URL", "PORT", "ALLOWED_HOSTS", "DJANGO_SECRET_KEY")
         inherited = {name: value for name, value in os.environ.items() if name not in ours}
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self.process = subprocess.Popen(
@@ -106,8 +106,8 @@ class Demo:
 class Visitor(httpx.Client):
     """A browser without JavaScript."""
 
-    def __init__(self, demo: Demo) -> None:
-        super().__init__(base_url=demo.url, timeout=10)
+    def __init__(self, demo: Demo | str) -> None:
+        super().__init__(base_url=demo if isinstance(demo, str) else demo.url, timeout=10)
 
     def page(self) -> str:
         response = self.get("/")

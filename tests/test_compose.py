@@ -1,4 +1,7 @@
-"""docker-compose.yml and the Dockerfile, as far as can be known without Docker."""
+"""
+docker-compose.yml and the Dockerfile, as far as can be known without Docker. More
+of it is in tests/browser/: the proxy, and the Dockerfile's steps.
+"""
 
 import json
 import re
@@ -37,24 +40,38 @@ def arguments(instructions: list[tuple[str, str]], name: str) -> Iterator[str]:
 
 def test_it_runs_the_demo_with_real_postgres_and_redis(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"web", "postgres", "redis"}
+    assert set(services) == {"proxy", "web", "postgres", "redis"}
+    assert services["proxy"]["image"] == "nginx:1-alpine"
     assert services["postgres"]["image"] == "postgres:18"
     assert services["redis"]["image"] == "redis:8"
     assert services["web"]["build"] == {"context": ".", "dockerfile": "demo/Dockerfile"}
-    assert set(services["web"]["environment"]) == {"DATABASE_URL", "REDIS_URL"}
+
+
+def test_the_web_service_sets_what_the_demo_s_settings_read_and_nothing_else(
+    compose: dict[str, Any],
+) -> None:
+    settings = (ROOT / "demo" / "settings.py").read_text()
+    read = re.findall(r"""(?:environ\.get|_address_of)\("(\w+)\"""", settings)
+    assert settings.count("environ") == 3  # one of them in _address_of()
+    assert sorted(compose["services"]["web"]["environment"]) == sorted(read)
 
 
 def test_the_page_is_the_only_thing_published_and_only_on_loopback(
     compose: dict[str, Any],
 ) -> None:
-    published = {name: service.get("ports") for name, service in compose["services"].items()}
-    assert published == {"web": ["127.0.0.1:8000:8000"], "postgres": None, "redis": None}
+    published = {
+        name: service["ports"]
+        for name, service in compose["services"].items()
+        if "ports" in service
+    }
+    assert published == {"proxy": ["127.0.0.1:8000:8000"]}
     assert not any("network_mode" in service for service in compose["services"].values())
 
 
-def test_the_web_service_waits_until_the_others_are_healthy(compose: dict[str, Any]) -> None:
+def test_a_service_waits_until_those_it_needs_are_healthy(compose: dict[str, Any]) -> None:
     services = compose["services"]
     healthy = {"condition": "service_healthy"}
+    assert services["proxy"]["depends_on"] == {"web": healthy}
     assert services["web"]["depends_on"] == {"postgres": healthy, "redis": healthy}
     for service in services.values():
         kind, *command = service["healthcheck"]["test"]
@@ -71,8 +88,13 @@ def test_the_messages_are_kept_where_postgres_18_has_its_data(compose: dict[str,
 def test_no_password_is_fixed(compose: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     defaults = re.findall(r"\$\{(\w+):-([^}]*)\}", text)
-    assert {name for name, _ in defaults} == {"POSTGRES_PASSWORD", "REDIS_PASSWORD"}
-    (default,) = {default for _, default in defaults}
+    passwords = {default for name, default in defaults if name.endswith("_PASSWORD")}
+    assert {name for name, _ in defaults} == {
+        *("POSTGRES_PASSWORD", "REDIS_PASSWORD"),
+        *("DJANGO_SECRET_KEY", "ALLOWED_HOSTS"),
+    }
+    (default,) = passwords
+    assert ("DJANGO_SECRET_KEY", "") in defaults
     assert default not in re.sub(r"\$\{[^}]*\}", "", text)
     services = compose["services"]
     assert default == services["postgres"]["environment"]["POSTGRES_PASSWORD"]
@@ -87,9 +109,11 @@ def test_the_image_has_what_it_needs_and_no_root(instructions: list[tuple[str, s
     names = [name for name, _ in instructions]
     assert names.index("USER") < names.index("CMD")
     (install,) = arguments(instructions, "RUN")
-    assert re.search(r"pip install [^&]*\. --group demo$", install)
+    assert re.search(r"pip install [^&]*\. --group web$", install)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "demo" in project["dependency-groups"]
+    groups = project["dependency-groups"]
+    assert {"include-group": "web"} in groups["demo"]  # which adds what the image has no need of
+    assert not any("embedded" in str(package) for package in groups["web"])
 
 
 def test_what_the_image_copies_is_there_and_in_the_build_s_context(
@@ -125,7 +149,7 @@ def test_the_web_service_s_command_and_environment_serve_the_page(
             for host, local in hosts.items():
                 assert local
                 environment[name] = environment[name].replace(host, f"@{local[0]}")
-            assert environment[name] != value
+            assert (environment[name] != value) == name.endswith("_URL")
         local_command = [
             {"python": sys.executable, "0.0.0.0": "127.0.0.1", "8000": "0"}.get(word, word)
             for word in command

@@ -1,0 +1,109 @@
+"""An open page of the demo, without a browser: what its event stream says."""
+
+import json
+import re
+import socket
+import threading
+from contextlib import suppress
+from typing import Any, Self
+
+import httpx
+
+from tests.processes import Demo, Visitor, eventually
+
+Row = dict[str, Any]
+
+
+class Page(Visitor):
+    """A visitor whose page is open while the ``with`` lasts."""
+
+    def __init__(self, demo: Demo | str) -> None:
+        super().__init__(demo)
+        self.rows: dict[str, Row] = {}
+        self.gauges: dict[str, dict[str, Any]] = {}
+        self.messages: list[str] = []
+        self.before = 0.0  # the time of the newest row that was there already
+        self._connection: socket.socket | None = None
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._reader.start()
+        eventually(lambda: self.gauges)
+        self.start_anew()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        assert self._connection is not None
+        self._connection.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        super().__exit__(*exc_info)
+
+    def start_anew(self) -> None:
+        """Forget the rows that there are."""
+        self.before = max((row["began"] for row in list(self.rows.values())), default=0)
+
+    def _read(self) -> None:
+        with (
+            suppress(httpx.TransportError),  # how it ends
+            httpx.stream("GET", self.base_url.join("/events"), timeout=10) as response,
+        ):
+            stream = response.extensions["network_stream"]
+            self._connection = stream.get_extra_info("socket")
+            event = "message"
+            for line in response.iter_lines():
+                if name := re.match(r"event: (\w+)", line):
+                    event = name[1]
+                elif line.startswith("data: "):
+                    self._hear(event, json.loads(line.removeprefix("data: ")))
+                elif not line:
+                    event = "message"
+
+    def _hear(self, event: str, data: dict[str, Any]) -> None:
+        if event == "message":
+            self.messages.append(data["text"])
+            return
+        if data.get("gauges"):
+            self.gauges[data["process"]] = data["gauges"]
+        for row in data["rows"]:
+            self.rows[row["id"]] = row
+
+    def click(self, path: str) -> httpx.Response:
+        return self.post(path, headers={"X-CSRFToken": self.token})
+
+    def new(self, title: str) -> list[Row]:
+        """The rows of this title since the page is open, the oldest first."""
+        rows = [row for row in list(self.rows.values()) if row["began"] > self.before]
+        return sorted(
+            (row for row in rows if title in row["title"]), key=lambda row: float(row["began"])
+        )
+
+    def ended(self, title: str, number: int = 1) -> list[Row]:
+        """Those rows, once so many are there and all have ended."""
+
+        def rows() -> list[Row] | None:
+            found = self.new(title)
+            done = len(found) == number and all(row["ended"] for row in found)
+            return found if done else None
+
+        found: list[Row] = eventually(rows)
+        return found
+
+    def gauge(self, *names: str) -> int:
+        """The sum over all processes."""
+        total = 0
+        for gauges in list(self.gauges.values()):
+            value: Any = gauges
+            for name in names:
+                value = value[name]
+            total += value
+        return total
+
+    def settled(self) -> bool:
+        """Nothing of ours is open but pages."""
+        open_ones = ("scopes",), ("pool", "in_use"), ("pool", "waiting")
+        return not any(self.gauge(*names) for names in open_ones)
+
+
+def bars(row: Row) -> dict[str, Row]:
+    return {bar["name"]: bar for bar in row["bars"]}
