@@ -16,6 +16,7 @@ from benchmarks.measure import Outcome, interleave, pin, ratios, timed
 from benchmarks.memory import SCOPES, bytes_per_scope
 from benchmarks.peers import CANNOT, PEERS
 from benchmarks.report import Machine, Question, summary, write
+from benchmarks.steps import STEPS
 
 METHOD = """\
 All contenders of a question are measured in one run: repetitions of each in turn, in a new random
@@ -46,6 +47,14 @@ which is the least it can cost. Each application has a process of its own. In pr
 called as a server would, one after the other; under uvicorn (asyncio, httptools) {load} keeps
 {connections} connections busy on the loopback interface. FastAPI and Litestar are there for
 comparison: other frameworks, with other work per request."""
+
+STEPS_TEXT = """\
+One object in one scope again, in code that is written for this page only: the least that holds
+values and generators behind a ContextVar, then the same with what a promise needs besides, one
+after the other. `scoped` has all of them, and lifespans, threads, `release()` and
+signals too. The goals for scopes that are missed would need a step left out: most of all the
+ContextVar that is set, and set back, around each factory, by which a circle is found though it
+leads through child tasks, and the record by which other tasks wait for a set-up under way."""
 
 RECEIVER = """\
 The project has a sync receiver of its own, which must run in the request's thread. One resource is
@@ -156,6 +165,21 @@ class Run:
             absent=self.absent_from(work.kind),
         )
 
+    async def ask_steps(self) -> None:
+        n = max(1, round(2_000 * self.plan.per_repetition))
+        figures = await interleave(
+            {name: partial(timed, work, n) for name, work in STEPS.items()}, self.plan.scopes
+        )
+        self.answer(
+            "steps",
+            "What the promises cost",
+            figures,
+            unit="AsyncExitStack",
+            measure="time",
+            goal=None,
+            text=STEPS_TEXT,
+        )
+
     async def ask_memory(self) -> None:
         able = self.able("hold")
         figures = await interleave(
@@ -213,7 +237,7 @@ class Run:
         *,
         unit: str,
         measure: str,
-        goal: float,
+        goal: float | None,
         text: str = "",
         absent: dict[str, str] | None = None,
     ) -> None:
@@ -239,6 +263,7 @@ async def _main(plan: Plan, directory: Path | None, only: str) -> None:
         pin(0)
         for work in WORKS:
             await run.ask(work)
+        await run.ask_steps()
         await run.ask_memory()
     if only != "scopes":
         pin(1)

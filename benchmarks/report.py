@@ -47,6 +47,8 @@ class Question:
     @property
     def best_peer(self) -> str:
         """The best of the other libraries; other frameworks (FastAPI, Litestar) are none."""
+        if self.goal is None:
+            return "-"
         peers = [name for name in self.best_first if name not in _NO_PEERS]
         return f"{_ratio(self.ratios[peers[0]].median)} ({peers[0]})" if peers else "-"
 

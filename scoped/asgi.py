@@ -39,6 +39,7 @@ from scoped.receivers import (
     close,
     close_foreign,
     connect_handler,
+    end_response,
     open_foreign,
 )
 from scoped.requests import RequestScope
@@ -205,12 +206,13 @@ class _Exchange:
                 opened = scope_here()
                 if opened is not around and isinstance(opened, RequestScope):
                     request_scope = opened  # else a cancellation came before our receiver
-            await self.respond()
+            await self.respond(request_scope)
         except BaseException as error:
             failure = error
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
-        AsyncToSync.executors.current = sync_parent
+        if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
+            AsyncToSync.executors.current = sync_parent
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
@@ -231,9 +233,11 @@ class _Exchange:
         call_all(receivers, outcomes, request_started, type(self.handler), {"scope": self.scope})
         log_errors(outcomes)
 
-    async def respond(self) -> None:
+    async def respond(self, request_scope: RequestScope | None) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)
         if request is None:
+            if request_scope is not None:
+                await request_scope.end_response()  # receivers may have used it
             self.body_file.close()
             self.response = error_response
         else:
@@ -277,6 +281,8 @@ class _Exchange:
             await self.attempt(close_stream(self.response))
             if _closes_itself(self.response):
                 sync_receivers, async_receivers = [], []  # its close() calls them all
+        if request_scope is not None and not request_scope.has_responded:
+            await self.attempt(end_response(request_scope))
         # In reverse, so that what was opened first, as our scope, is closed last.
         await self.attempt(self.call_async(reversed(async_receivers)))
         if request_scope is not None:

@@ -39,7 +39,7 @@ class NoScopeError(ScopedError, LookupError):
         self.resource = resource
         what = f"{resource} was used" if resource is not None else "current_scope() was called"
         super().__init__(
-            f"{what} where no request scope is open. "
+            f"{what} where no {'such' if hint else 'request'} scope is open. "
             + (
                 hint
                 or "In a request: serve the project with scoped.asgi.get_asgi_application(). "

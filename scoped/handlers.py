@@ -3,10 +3,12 @@ What our handlers tell a request's scope: its request, what its view failed with
 and that its response is about to be sent.
 """
 
+import logging
 from contextlib import suppress
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import response_for_exception
 
@@ -18,6 +20,8 @@ from scoped.waiting import run_without_loop
 
 __all__ = ["ScopedHandler", "close_resources", "close_stream"]
 
+logger = logging.getLogger("scoped")
+
 
 class ScopedHandler(BaseHandler):
     """A base of ours beside one of Django's: ``class X(ScopedHandler, ASGIHandler)``."""
@@ -25,29 +29,42 @@ class ScopedHandler(BaseHandler):
     def get_response(self, request: Any) -> Any:
         scope = _scope_of(request)
         response = super().get_response(request)
-        if scope is not None:
+        if scope is None:
+            return response
+        try:
+            run_without_loop(scope.end_response())
+        except BaseException as error:
             try:
-                run_without_loop(scope.end_response())
-            except TeardownError as error:
-                note_failure(error)
-                response = _replace(response, request, error)
+                if not isinstance(error, TeardownError):
+                    raise
+                _show_cause(error)
+                page: Any = response_for_exception(request, error)
+            except BaseException:
+                close_resources(response)  # nobody else will see it
+                raise
+            return _in_place_of(response, page)
         return response
 
     async def get_response_async(self, request: Any) -> Any:
         scope = _scope_of(request)
         response = await super().get_response_async(request)
-        if scope is not None:
+        if scope is None:
+            return response
+        try:
+            await scope.end_response()
+        except BaseException as error:
             try:
-                await scope.end_response()
-            except TeardownError as error:
-                note_failure(error)
-                await close_stream(response)
-                response = await sync_to_async(_replace, thread_sensitive=False)(
-                    response, request, error
-                )
+                if not isinstance(error, TeardownError):
+                    raise
+                _show_cause(error)
+                make_page = sync_to_async(response_for_exception, thread_sensitive=False)
+                page: Any = await make_page(request, error)
             except BaseException:
                 close_resources(response)  # nobody else will see it
                 raise
+            finally:
+                await _drop_stream(response)
+            return _in_place_of(response, page)
         return response
 
     def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
@@ -64,12 +81,23 @@ def _scope_of(request: Any) -> RequestScope | None:
     return scope
 
 
-def _replace(response: Any, request: Any, error: TeardownError) -> Any:
-    """What Django answers to a view's error, which it logs; it closes what the other had to."""
-    new: Any = response_for_exception(request, error)
-    new._resource_closers.extend(response._resource_closers)
+def _show_cause(error: TeardownError) -> None:
+    if settings.DEBUG:
+        error.__cause__ = error.exceptions[0]  # Django's page shows causes, but no groups
+
+
+def _in_place_of(response: Any, page: Any) -> Any:
+    """What Django answers to a view's error also closes what the response had to."""
+    page._resource_closers.extend(response._resource_closers)
     response._resource_closers.clear()
-    return new
+    return page
+
+
+async def _drop_stream(response: Any) -> None:
+    try:
+        await close_stream(response)
+    except Exception as error:
+        logger.error("While a stream was dropped: %r", error, exc_info=error)
 
 
 async def close_stream(response: Any) -> None:

@@ -7,7 +7,7 @@ from time import perf_counter
 from scoped.requests import ResponseScope
 from scoped.scopes import Scope
 
-__all__ = ["OpenScope", "inspect"]
+__all__ = ["OpenScope", "inspect", "open_scopes", "picture"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +26,22 @@ def inspect() -> list[OpenScope]:
     through all objects that Python's garbage collector knows, so that scopes need
     not be registered: a matter of milliseconds, for people and health checks.
     """
+    now = perf_counter()
+    scopes = sorted(open_scopes(), key=lambda scope: scope.opened)
+    return [picture(scope, now) for scope in scopes]
+
+
+def open_scopes() -> list[Scope]:
     # By type(), as isinstance() would evaluate Django's lazy objects.
     scopes = [thing for thing in gc.get_objects() if issubclass(type(thing), Scope)]
-    return sorted(map(_picture, filter(_is_open, scopes)), key=lambda one: -one.seconds)
+    return [one for one in scopes if one.is_open and not isinstance(one, ResponseScope)]
 
 
-def _is_open(scope: Scope) -> bool:
-    return scope.is_open and not isinstance(scope, ResponseScope)
-
-
-def _picture(scope: Scope) -> OpenScope:
+def picture(scope: Scope, now: float) -> OpenScope:
     parts = (scope,) if scope.response is None else (scope, scope.response)
     return OpenScope(
         name=str(scope),
-        seconds=perf_counter() - scope.opened,
+        seconds=now - scope.opened,
         resources=tuple(one.factory.name for part in parts for one in list(part.values)),
         being_set_up=tuple(one.factory.name for part in parts for one in part.being_set_up()),
     )

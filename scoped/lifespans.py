@@ -5,17 +5,17 @@ The lifespan: what lives as long as the server, one for each event loop.
 import asyncio
 import atexit
 import logging
+import os
 import threading
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context, copy_context
-from typing import TYPE_CHECKING, Any, Self
+from types import TracebackType
+from typing import Any, Self
 
 from scoped.scopes import Lifetime, Scope, current
+from scoped.setups import SetUp
 from scoped.waiting import current_task, outlast, run_without_loop, running_loop, set_done
-
-if TYPE_CHECKING:
-    from scoped.resources import Resource
 
 __all__ = ["LifespanScope", "eager", "lifespan_scope", "lifespans"]
 
@@ -27,8 +27,8 @@ lifespans: dict[asyncio.AbstractEventLoop | None, "LifespanScope"] = {}
 # Held while it is decided whether a lifespan is still in use.
 _lock = threading.Lock()
 
-# Resources that are set up as soon as a lifespan opens.
-eager: list["Resource[Any]"] = []
+# What the decorators made of those that are set up as soon as a lifespan opens.
+eager: list[Any] = []
 
 
 class LifespanScope(Scope):
@@ -37,7 +37,7 @@ class LifespanScope(Scope):
     nobody does, as long as requests are open in it.
     """
 
-    __slots__ = ("_base", "_holders", "_idle", "_requests")
+    __slots__ = ("_base", "_holders", "_idle", "_requests", "is_parents")
 
     lifetime = Lifetime.LIFESPAN
 
@@ -47,6 +47,7 @@ class LifespanScope(Scope):
         self._holders = 0
         self._requests: set[Scope] = set()
         self._idle: asyncio.Future[None] | None = None
+        self.is_parents = False  # that of the process which this one was forked from
         self.lifespan = self
         base.run(self._open, running_loop(), current_task())
         self._previous = None  # nobody leaves it: its Context is its own
@@ -60,12 +61,13 @@ class LifespanScope(Scope):
 
     @classmethod
     def hold(cls) -> Self:
-        """The lifespan of the running event loop, opened now if need be."""
-        loop = asyncio.get_running_loop()
+        """The lifespan of the running event loop, or of sync code, opened now if need be."""
+        loop = running_loop()
         with _lock:
             self = lifespans.get(loop)
             if self is None or not self.is_open:
                 self = lifespans[loop] = cls(copy_context())
+                self.sync_only = loop is None
             self._holders += 1
         return self  # type: ignore[return-value]
 
@@ -76,6 +78,14 @@ class LifespanScope(Scope):
             if self._holders:
                 return
         await self._close_abandoned(failure)
+
+    def drop_sync(self, failure: BaseException | None = None) -> None:
+        """As ``drop()``, in sync code, which does not wait for other threads' requests."""
+        with _lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        run_without_loop(self._end(failure))
 
     async def _close_abandoned(
         self, failure: BaseException | None, *, loop_ends: bool = False
@@ -149,11 +159,9 @@ class LifespanScope(Scope):
         ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
         """
         self._holders += 1
-        if self.loop is None:
-            atexit.register(lambda: run_without_loop(self.close()))
-        else:
+        if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
-            atexit.register(self._close_at_exit)
+        atexit.register(self._close_at_exit)
 
     def _close_at_exit(self) -> None:
         """
@@ -161,7 +169,9 @@ class LifespanScope(Scope):
         requests that were cancelled and for what the lifespan holds.
         """
         loop, waiting = self.loop, self.owner
-        assert loop is not None
+        if loop is None:
+            run_without_loop(self.close())
+            return
         if waiting is None or waiting.done() or loop.is_closed() or loop.is_running():
             return
         waiting.cancel()
@@ -185,37 +195,116 @@ class LifespanScope(Scope):
     def _context(self) -> Context:
         return self._base.copy()
 
+    def leave_to_parent(self) -> None:
+        """
+        In a process that was forked: what it holds is in use in the other one, and a
+        connection, say, must neither be used from both nor be closed here.
+        """
+        atexit.unregister(self._close_at_exit)
+        _keep_for_ever((self.values, self.finalizers, self.pending))
+        self.values, self.finalizers, self.pending = {}, {}, {}
+        self._state = "closed"
+        self.is_parents = True
+
+
+_parents: list[object] = []
+
+
+def _keep_for_ever(thing: object) -> None:
+    """
+    Not even at its exit may Python let go of it: a generator that is let go of is
+    closed, and what it has around its `yield` with it.
+    """
+    _parents.append(thing)
+    with suppress(ImportError):  # some builds of Python have none
+        import ctypes  # noqa: PLC0415 (for forks alone)
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it, which is not here
+    for lifespan in lifespans.values():
+        lifespan.leave_to_parent()
+    lifespans.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 def _forget(lifespan: LifespanScope) -> None:
     if lifespans.get(lifespan.loop) is lifespan:
         del lifespans[lifespan.loop]
 
 
-@asynccontextmanager
-async def lifespan_scope() -> AsyncGenerator[Scope, None]:
+class lifespan_scope:  # noqa: N801 (it is used as a function)
     """
-    Hold the lifespan of the running event loop open: lifespan-scoped resources
-    are kept until the end of the ``async with``, when the requests still open are
-    waited for and all is torn down. Inside another one it is the same lifespan.
+    Hold the lifespan of the running event loop open: lifespan-scoped resources are
+    kept until the end of the ``async with``, when the requests still open are waited
+    for and all is torn down. Inside another one it is the same lifespan. With plain
+    ``with``, where no event loop runs, it is that of sync code, and holds sync resources.
 
-    Sets up what is declared with ``eager=True``, and raises what that raises.
+    Entering it sets up what is declared with ``eager=True``, and raises what that raises;
+    leaving it raises TeardownError where a teardown failed.
     """
-    scope = LifespanScope.hold()
-    previous = current.get()
-    current.set(scope)
-    failure: BaseException | None = None
-    try:
-        for resource in eager:
-            if resource.factory.is_async:
-                await scope.get(resource)
-            else:
-                scope.get_sync(resource)
-        yield scope
-    except BaseException as error:
-        failure = error
-        raise
-    finally:
+
+    def __init__(self) -> None:
+        self._scope: LifespanScope | None = None
+        self._previous: Scope | SetUp | None = None
+
+    async def __aenter__(self) -> Scope:
+        scope = self._hold()
+        try:
+            for access in eager:
+                value = access()
+                if access.resource.factory.is_async:
+                    await value
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return scope
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._leave().drop(exc)
+
+    def __enter__(self) -> Scope:
+        if running_loop() is not None:
+            raise RuntimeError("An event loop runs here: write `async with lifespan_scope():`.")
+        scope = self._hold()
+        try:
+            for access in eager:
+                if not access.resource.factory.is_async:
+                    access()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return scope
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave().drop_sync(exc)
+
+    def _hold(self) -> "LifespanScope":
+        if self._scope is not None:
+            raise RuntimeError("This lifespan_scope() is open: make a new one for each use.")
+        self._scope, self._previous = LifespanScope.hold(), current.get()
+        current.set(self._scope)
+        return self._scope
+
+    def _leave(self) -> "LifespanScope":
+        scope, self._scope = self._scope, None
+        assert scope is not None
         if current.get() is scope:
-            current.set(previous)
-        await scope.drop(failure)
-        del failure
+            current.set(self._previous)
+        self._previous = None
+        return scope

@@ -26,7 +26,14 @@ from scoped.scopes import scope_here
 from scoped.threads import tidiers
 from scoped.waiting import run_without_loop
 
-__all__ = ["close", "connect", "connect_handler", "note_failure", "tells_of_response"]
+__all__ = [
+    "close",
+    "connect",
+    "connect_handler",
+    "end_response",
+    "note_failure",
+    "tells_of_response",
+]
 
 logger = logging.getLogger("scoped")
 
@@ -53,7 +60,7 @@ class _ForeignScope(RequestScope):
     @property
     def can_close_without_loop(self) -> bool:
         return self.sync_only or not (
-            self.values or self._pending or self.lifespan or self.response
+            self.values or self.pending or self.releases or self.lifespan or self.response
         )
 
 
@@ -62,6 +69,7 @@ def connect_handler(handler: type) -> None:
     _our_handlers.add(handler)
     request_started.connect(open_scope, sender=handler)
     request_finished.connect(close_scope, sender=handler)
+    got_request_exception.connect(_request_failed)
 
 
 def connect() -> None:
@@ -99,11 +107,19 @@ async def close(scope: RequestScope) -> None:
         logger.error("%s", error, exc_info=error)
 
 
+async def end_response(scope: RequestScope) -> None:
+    """For a request that has no response any more which an error could replace."""
+    try:
+        await scope.end_response()
+    except TeardownError as error:
+        logger.error("%s", error, exc_info=error)
+
+
 def note_failure(failure: BaseException) -> None:
-    """Let the factories of the current request see what it failed with; the first counts."""
+    """Let the factories of the current request, if there is one, see what it failed with."""
     scope = scope_here()
-    if isinstance(scope, RequestScope) and scope.is_open and scope.failure is None:
-        scope.failure = failure
+    if isinstance(scope, RequestScope):
+        scope.note_failure(failure)
 
 
 def open_foreign(
@@ -132,7 +148,7 @@ def open_foreign(
 
 def _is_server(sender: Any) -> bool:
     """Whether more requests are to be expected: a server's handler, not a test client's."""
-    return not sender.__module__.startswith("django.test.")
+    return not sender.__module__.startswith(("django.test.", "scoped.testing"))
 
 
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:

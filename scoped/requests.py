@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from scoped.exceptions import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
 from scoped.lifespans import LifespanScope, lifespans
+from scoped.releases import others_released, releasing
 from scoped.scopes import Lifetime, Scope, current, scope_here
 from scoped.setups import SetUp
 from scoped.waiting import run_without_loop, running_loop
@@ -46,8 +47,14 @@ class RequestScope(Scope):
         Raises as ``close()`` does.
         """
         self.has_responded = True
-        if self.response is not None:
-            await self.response.close(self.failure)
+        if (response := self.response) is None:
+            return
+        if self.sync_only:
+            await response.close(self.failure)
+        else:
+            await others_released(self)
+            with releasing(self):
+                await response.close(self.failure)
 
     def until_response(self, resource: "Resource[Any]") -> Scope:
         """What holds a resource that lives until the response."""
@@ -57,9 +64,9 @@ class RequestScope(Scope):
                     raise NoScopeError(
                         resource,
                         'It is declared with until="response", and this handler does not say when '
-                        "that is. Serve the project with get_asgi_application() of scoped.asgi or "
-                        "get_wsgi_application() of scoped.wsgi; in tests use the clients of "
-                        "scoped.testing.",
+                        "the response is sent. Serve the project with get_asgi_application() of "
+                        "scoped.asgi or get_wsgi_application() of scoped.wsgi; in tests use the "
+                        "clients of scoped.testing.",
                     )
                 self.response = ResponseScope(self)
         return self.response
@@ -95,7 +102,7 @@ class RequestScope(Scope):
 
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
-        while self.lifespan is None:
+        while self.lifespan is None or self.lifespan.is_parents:
             new = LifespanScope.implied_by(self)
             lifespan = lifespans.setdefault(self.loop, new)
             if lifespan.join(self):
@@ -124,8 +131,9 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not (self.values or self._pending or self.response or self.lifespan) and self.is_open:
-            self._let_go()
+        held = self.values or self.pending or self.releases or self.response or self.lifespan
+        if not held and self.is_open:
+            self._let_go(exc)
             self.leave()
             return
         try:
@@ -133,7 +141,7 @@ class RequestScope(Scope):
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise
-            self._log(error)
+            self.log(error)
         finally:
             self.leave()
 
@@ -199,11 +207,11 @@ def scope_for(resource: "Resource[Any]") -> Scope:
 
 
 def scope_holding(resource: "Resource[Any]") -> Scope | None:
-    """The open scope that holds the request resource's value, if one does."""
+    """The scope that holds the value of a request resource, if it is set up."""
     scope: Scope | None = scope_here()
     if scope is not None and resource.lifetime is Lifetime.RESPONSE:
         scope = scope.response
-    return scope if scope is not None and resource in scope.values else None
+    return scope
 
 
 def _lifespan_for(resource: "Resource[Any]", scope: Scope | None) -> Scope:

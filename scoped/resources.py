@@ -15,6 +15,7 @@ from threading import get_ident
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 from weakref import WeakSet
 
+from scoped import releases
 from scoped.factories import Factory
 from scoped.lifespans import eager
 from scoped.requests import scope_for, scope_holding
@@ -208,7 +209,7 @@ def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = F
         setattr(access, name, getattr(function, name))
     access.resource = resource
     if is_eager:
-        eager.append(resource)
+        eager.append(access)
     return access
 
 
@@ -269,7 +270,7 @@ def _async_resource(resource: Resource[Any]) -> Any:
 
     async def release() -> None:
         if (scope := scope_holding(resource)) is not None:
-            await scope.release(resource)
+            await releases.release(scope, resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource
@@ -309,7 +310,7 @@ def _sync_resource(resource: Resource[Any]) -> Any:
 
     def release() -> None:
         if (scope := scope_holding(resource)) is not None:
-            scope.release_sync(resource)
+            releases.release_sync(scope, resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource

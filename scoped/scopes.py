@@ -32,7 +32,7 @@ its factory used; they are taken out again last in, first out.
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from enum import Enum
@@ -49,14 +49,15 @@ from scoped.exceptions import (
     TeardownError,
 )
 from scoped.setups import Latch, SetUp
-from scoped.teardown import finish_in_time, timed_out, warn_if_slow
-from scoped.waiting import current_task, hop, outlast, running_loop
+from scoped.teardown import Elsewhere, Keeper, finish
+from scoped.waiting import current_task, outlast, running_loop
 
 if TYPE_CHECKING:
     from scoped.lifespans import LifespanScope
+    from scoped.releases import Release
     from scoped.resources import Resource
 
-__all__ = ["Lifetime", "Scope", "current", "scope_here"]
+__all__ = ["Lifetime", "Scope", "asker_here", "current", "scope_here"]
 
 logger = logging.getLogger("scoped")
 
@@ -85,7 +86,7 @@ def scope_here() -> "Scope | None":
     return here.scope.visible if isinstance(here, SetUp) else here
 
 
-def _asker() -> SetUp | None:
+def asker_here() -> SetUp | None:
     """The unfinished set-up that the code at hand is a part of."""
     asker = current.get()
     return asker if type(asker) is SetUp and not asker.done else None
@@ -100,6 +101,17 @@ def _explained(resource: "Resource[Any]", error: BaseException) -> BaseException
     return error
 
 
+async def _gather_problems(
+    closing: Coroutine[Any, Any, None], problems: list[BaseException]
+) -> None:
+    try:
+        await closing
+    except TeardownError as error:
+        problems.extend(error.exceptions)
+    except BaseException as error:
+        problems.append(error)
+
+
 def _graver(one: BaseException | None, other: BaseException) -> BaseException:
     """Of two reasons to stop the later one, but no cancellation hides a KeyboardInterrupt."""
     if one is None or isinstance(one, asyncio.CancelledError):
@@ -107,65 +119,34 @@ def _graver(one: BaseException | None, other: BaseException) -> BaseException:
     return one
 
 
-class _Keeper:
-    """Tears down, in the task that set it up, what some other task than the owner asked for."""
-
-    __slots__ = ("generator", "task", "verdict")
-
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-        task = asyncio.current_task()
-        assert task is not None
-        self.task: asyncio.Task[None] = task
-        self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
-
-
-class _Elsewhere:
-    """Where a sync generator was started, if not by the owner."""
-
-    __slots__ = ("context", "generator", "thread")
-
-    def __init__(self, generator: Any, context: Context) -> None:
-        self.generator = generator
-        self.context = context
-        self.thread = get_ident()
-
-
-def _taken_out(
-    doomed: "Iterable[tuple[Scope, Resource[Any]]]",
-) -> "Iterator[tuple[Scope, Resource[Any]]]":
-    for scope, resource in doomed:
-        scope.values.pop(resource, None)
-        yield scope, resource
-
-
 class Scope:
     """
-    What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose
-    it is, ``is_open`` whether resources can be set up in it.
+    What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose it is,
+    ``is_open`` whether resources can be set up in it, ``request`` is Django's request
+    where it is that of one, else None.
     """
 
     __slots__ = (
         "__weakref__",
         "_closer",
-        "_finalizers",
-        "_pending",
         "_previous",
-        "_releases",
         "_state",
-        "_uses",
         "failure",
+        "finalizers",
         "has_responded",
         "lifespan",
         "loop",
         "name",
         "opened",
         "owner",
+        "pending",
+        "releases",
         "request",
         "response",
         "served",
         "sync_only",
         "thread",
+        "uses",
         "values",
     )
 
@@ -184,11 +165,11 @@ class Scope:
         self.name = name
         self.values: dict[Resource[Any], Any] = {}
         # Generators to be finished by the owner; keepers; and where else they were started.
-        self._finalizers: dict[Resource[Any], Any] = {}
-        self._pending: dict[Resource[Any], SetUp] = {}
-        # What each used that was set up, where it used any; and who releases some of them now.
-        self._uses: dict[Resource[Any], list[Resource[Any]]] | None = None
-        self._releases: set[asyncio.Future[None]] | None = None
+        self.finalizers: dict[Resource[Any], Any] = {}
+        self.pending: dict[Resource[Any], SetUp] = {}
+        # What each used that was set up, where it used any; and what is released right now.
+        self.uses: dict[Resource[Any], list[Resource[Any]]] | None = None
+        self.releases: list[Release] | None = None
         self._state = "new"
         self._previous: Scope | SetUp | None = None
         self.sync_only = False
@@ -219,8 +200,17 @@ class Scope:
         """What is current when this one is at work."""
         return self
 
+    def note_failure(self, failure: BaseException) -> None:
+        """
+        Let the factories see at their ``yield`` that the work has failed, though nothing
+        is raised that shows it: as when a framework makes a response of an exception. The
+        first failure counts.
+        """
+        if self.is_open and self.failure is None:
+            self.failure = failure
+
     def being_set_up(self) -> "list[Resource[Any]]":
-        return list(self._pending)
+        return list(self.pending)
 
     # First use
 
@@ -229,7 +219,7 @@ class Scope:
         if (
             self._state == "open"
             and self.owns_set_ups
-            and resource not in self._pending
+            and resource not in self.pending
             and resource not in self.values
             and self.owner is asyncio.current_task()
         ):
@@ -237,13 +227,13 @@ class Scope:
         return self._get(resource)
 
     async def _get(self, resource: "Resource[Any]") -> Any:
-        asker = _asker()
+        asker = asker_here()
         while True:
             self._check_open(resource)
-            self._check_loop(resource)
+            self.check_loop(resource)
             if resource in self.values:
                 return self.values[resource]
-            set_up, first = self._pending.get(resource), False
+            set_up, first = self.pending.get(resource), False
             if set_up is None:
                 if self.owns_set_ups and self.owner is asyncio.current_task():
                     return await self._set_up_here(resource)
@@ -260,7 +250,7 @@ class Scope:
         if self._state != "open" and not (self._state == "closing" and resource in self.values):
             raise ScopeClosedError(resource, self, self.closed_hint)
 
-    def _check_loop(self, resource: "Resource[Any]") -> None:
+    def check_loop(self, resource: "Resource[Any]") -> None:
         if self.sync_only:
             raise AsyncResourceError(
                 resource,
@@ -305,7 +295,7 @@ class Scope:
                 set_up.keeper.cancel()  # nobody wants it any more
 
     async def _set_up_here(self, resource: "Resource[Any]") -> Any:
-        set_up = self._pending[resource] = SetUp(resource, self)
+        set_up = self.pending[resource] = SetUp(resource, self)
         outer = current.get()
         asker = outer if type(outer) is SetUp and not outer.done else None
         if asker is not None:
@@ -319,9 +309,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                self._finalizers[resource] = generator
+                self.finalizers[resource] = generator
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
         except BaseException as raised:
             error = _explained(resource, raised)
@@ -332,7 +322,7 @@ class Scope:
             current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self._pending[resource]
+            del self.pending[resource]
             set_up.done = True
             if set_up.waiters is not None:
                 set_up.settle(error)
@@ -351,21 +341,23 @@ class Scope:
 
     def _make_uses(self) -> "dict[Resource[Any], list[Resource[Any]]]":
         with _lock:
-            if self._uses is None:
-                self._uses = {}
-            return self._uses
+            if self.uses is None:
+                self.uses = {}
+            return self.uses
 
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
         """What is set up only after the scope has begun to close is torn down at once."""
         if generator is not None:
             try:
-                await self._finish_in_time(resource, generator, self.failure)
+                rest = finish(resource, self, generator, self.failure)
+                if rest is not None:
+                    await rest
             except Exception as error:
-                self._log(error)  # perhaps nobody waits any more to be told
+                self.log(error)  # perhaps nobody waits any more to be told
         raise ScopeClosedError(resource, self, self.closed_hint)
 
     def _hand_to_keeper(self, set_up: SetUp) -> None:
-        self._pending[set_up.resource] = set_up
+        self.pending[set_up.resource] = set_up
         context = self._context()
         keeper = context.run(asyncio.create_task, self._keep(set_up))
         if set_up.done:  # an eager task factory has run it to its end
@@ -374,7 +366,7 @@ class Scope:
 
         def forget(_: asyncio.Task[None]) -> None:
             if not set_up.done:  # cancelled before its first step
-                del self._pending[set_up.resource]
+                del self.pending[set_up.resource]
                 set_up.settle(asyncio.CancelledError())
 
         # Else the Context of the asker, a request's, would live as long as a lifespan's keeper.
@@ -387,7 +379,7 @@ class Scope:
     async def _keep(self, set_up: SetUp) -> None:
         resource = set_up.resource
         error: BaseException | None = None
-        keeper: _Keeper | None = None
+        keeper: Keeper | None = None
         began = 0.0 if events.observer is None else perf_counter()
         current.set(set_up)
         try:
@@ -396,9 +388,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                keeper = self._finalizers[resource] = _Keeper(generator)
+                keeper = self.finalizers[resource] = Keeper(generator)
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             del value, generator, coming
         except BaseException as raised:
@@ -408,7 +400,7 @@ class Scope:
             return
         finally:
             current.set(self.visible)
-            self._pending.pop(resource, None)
+            self.pending.pop(resource, None)
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, None)
@@ -418,12 +410,14 @@ class Scope:
             if keeper.verdict.done():
                 failure = keeper.verdict.result()
                 # A timeout or task group across the `yield` has cancelled this task, to be told so.
-                if failure is None and self.lifetime is Lifetime.REQUEST:
+                if failure is None and self.lifetime is not Lifetime.LIFESPAN:
                     failure = cancellation
-                await self._finish_in_time(resource, keeper.generator, failure)
+                rest = finish(resource, self, keeper.generator, failure)
+                if rest is not None:
+                    await rest
 
     async def _await_verdict(
-        self, resource: "Resource[Any]", keeper: _Keeper
+        self, resource: "Resource[Any]", keeper: Keeper
     ) -> asyncio.CancelledError | None:
         """
         A keeper that is cancelled (its event loop shuts down, say) still waits for
@@ -444,7 +438,7 @@ class Scope:
                         await self._close_abandoned(error, loop_ends=True)
                     self._closer = None
                     # Still there, if somebody else has begun to close: then that one's turn comes.
-                    if resource not in self._finalizers:
+                    if resource not in self.finalizers:
                         break
         return cancellation
 
@@ -454,6 +448,8 @@ class Scope:
     def get_nowait(self, resource: "Resource[Any]") -> Any:
         """The value of an async resource, for sync code, where it is set up already."""
         self._check_open(resource)
+        if self.sync_only:
+            self.check_loop(resource)  # says that there is none
         try:
             return self.values[resource]
         except KeyError:
@@ -467,7 +463,7 @@ class Scope:
 
     def get_sync(self, resource: "Resource[Any]") -> Any:
         """The value of a sync resource, set up now if need be, in this thread."""
-        asker = _asker()
+        asker = asker_here()
         while True:
             self._check_open(resource)
             try:
@@ -475,11 +471,11 @@ class Scope:
             except KeyError:
                 pass
             set_up = SetUp(resource, self, Latch())
-            other = self._pending.setdefault(resource, set_up)
+            other = self.pending.setdefault(resource, set_up)
             if other is set_up:
                 if resource not in self.values:  # by a thread that came first, since the look
                     return self._set_up_sync(set_up, asker)
-                del self._pending[resource]
+                del self.pending[resource]
                 set_up.settle()
             elif (latch := other.latch) is not None:
                 self._wait_for_thread(other, latch, asker)
@@ -528,11 +524,11 @@ class Scope:
                 generator, value = context.run(resource.factory.start)
                 context.run(current.set, self.visible)
             if generator is not None:
-                self._finalizers[resource] = (
-                    generator if context is None else _Elsewhere(generator, context)
+                self.finalizers[resource] = (
+                    generator if context is None else Elsewhere(generator, context)
                 )
             if set_up.uses is not None:
-                (self._uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._make_uses())[resource] = set_up.uses
             self.values[resource] = value
             # Looked at after the value is in, for another thread may be closing the scope:
             # either its teardown still finds the value, or this finds the scope closed.
@@ -547,7 +543,7 @@ class Scope:
                 current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self._pending[resource]
+            del self.pending[resource]
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, asker)
@@ -557,8 +553,8 @@ class Scope:
     def _take_back(self, resource: "Resource[Any]") -> None:
         if self.values.pop(resource, self) is self:
             return  # the teardown has it
-        finalizer = self._finalizers.pop(resource, None)
-        if isinstance(finalizer, _Elsewhere):
+        finalizer = self.finalizers.pop(resource, None)
+        if isinstance(finalizer, Elsewhere):
             finalizer.context.run(resource.factory.finish, finalizer.generator, self.failure)
         elif finalizer is not None:
             resource.factory.finish(finalizer, self.failure)
@@ -606,187 +602,111 @@ class Scope:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
-        errors: list[Exception] = []
-        fatal: BaseException | None = await self._stop_set_ups() if self._pending else None
-        if self._releases:
-            fatal = await outlast(*self._releases) or fatal
+        problems: list[BaseException] = []
+        if self.pending and (cancellation := await self._stop_set_ups()) is not None:
+            problems.append(cancellation)
+        if self.releases:
+            overs = [release.over for release in self.releases]
+            if (cancellation := await outlast(*overs)) is not None:
+                problems.append(cancellation)
         if self.response is not None:
+            await _gather_problems(self.response.close(failure), problems)
+        while self.values:
             try:
-                await self.response.close(failure)
-            except TeardownError as error:
-                errors.extend(error.exceptions)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        fatal = await self._tear_down_all(self._last_first(), failure, errors, fatal)
+                resource = self.values.popitem()[0]
+            except KeyError:  # a thread that was setting it up took it back, since the look
+                continue
+            rest = self.tear_down(resource, failure, problems)
+            if rest is not None:
+                await rest
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
-            try:
-                await self._closed()
-            except Exception as error:
-                errors.append(error)
-            except BaseException as error:
-                fatal = _graver(fatal, error)
-        self._raise(fatal, errors)
+            await _gather_problems(self._closed(), problems)
+        if problems:
+            self.raise_all(problems)
 
-    def _raise(self, fatal: BaseException | None, errors: list[Exception]) -> None:
+    def raise_all(self, problems: list[BaseException]) -> NoReturn:
+        """A reason to stop bare, if there is one; else the errors, as a group."""
+        errors = [problem for problem in problems if isinstance(problem, Exception)]
+        fatal: BaseException | None = None
+        for problem in problems:
+            if not isinstance(problem, Exception):
+                fatal = _graver(fatal, problem)
         try:
-            if fatal is not None:
-                if errors:
-                    self._log(TeardownError(self, errors))
-                raise fatal
-            if errors:
+            if fatal is None:
                 raise TeardownError(self, errors)
+            if errors:
+                self.log(TeardownError(self, errors))
+            raise fatal
         finally:
-            del fatal, errors
+            del fatal, errors, problems
 
-    def _last_first(self) -> "Iterator[tuple[Scope, Resource[Any]]]":
-        while self.values:
-            try:
-                yield self, self.values.popitem()[0]
-            except KeyError:  # a thread that was setting it up took it back, since the look
-                continue
-
-    async def _tear_down_all(
+    def tear_down(
         self,
-        doomed: "Iterable[tuple[Scope, Resource[Any]]]",
+        resource: "Resource[Any]",
         failure: BaseException | None,
-        errors: list[Exception],
-        fatal: BaseException | None = None,
-    ) -> BaseException | None:
+        problems: list[BaseException],
+    ) -> Coroutine[Any, Any, None] | None:
         """
-        Each in turn, whatever happens to the others. Collects the errors; returns
-        the reason to stop, if there is one, for the caller to raise in the end.
+        Begin to. Returns what is to be awaited for the rest, if that was not all.
+        What it raises is added to the problems, a cancellation too: others follow.
         """
-        for scope, resource in doomed:
-            finalizer = scope._finalizers.pop(resource, None)
-            if finalizer is None:
-                continue
-            began = 0.0 if events.observer is None else perf_counter()
-            raised: BaseException | None = None
-            try:
-                rest = scope._tear_down(resource, finalizer, failure)
-                if rest is not None:
-                    await rest
-            except Exception as error:
+        finalizer = self.finalizers.pop(resource, None)
+        if finalizer is None:
+            return None
+        began = 0.0 if events.observer is None else perf_counter()
+        try:
+            rest = finish(resource, self, finalizer, failure)
+        except BaseException as error:
+            self._torn_down(resource, began, error, problems)
+            return None
+        if rest is not None:
+            return self._tear_down_rest(resource, rest, began, problems)
+        if began:
+            self._torn_down(resource, began, None, problems)
+        return None
+
+    async def _tear_down_rest(
+        self,
+        resource: "Resource[Any]",
+        rest: Awaitable[None],
+        began: float,
+        problems: list[BaseException],
+    ) -> None:
+        raised: BaseException | None = None
+        try:
+            await rest
+        except BaseException as error:
+            raised = error
+        self._torn_down(resource, began, raised, problems)
+        del raised
+
+    def _torn_down(
+        self,
+        resource: "Resource[Any]",
+        began: float,
+        error: BaseException | None,
+        problems: list[BaseException],
+    ) -> None:
+        if error is not None:
+            if isinstance(error, Exception):
                 error.add_note(f"while {resource} was torn down")
-                errors.append(error)
-                raised = error
-            except BaseException as error:
-                fatal = raised = _graver(fatal, error)
-            if began and (observer := events.observer) is not None:
-                seconds = perf_counter() - began
-                observer.resource_torn_down(resource, scope.visible, seconds, raised)
-            del raised
-        return fatal
+            problems.append(error)
+        if began and (observer := events.observer) is not None:
+            seconds = perf_counter() - began
+            observer.resource_torn_down(resource, self.visible, seconds, error)
 
     def _let_go(self, failure: BaseException | None = None) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
         if (observer := events.observer) is not None and self.visible is self:
             observer.scope_closed(self, perf_counter() - self.opened, failure)
-        self.failure = self.owner = self._closer = self._uses = self.request = None
+        self.failure = self.owner = self._closer = self.uses = self.request = self.response = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
             self._previous = None
-
-    def _tear_down(
-        self, resource: "Resource[Any]", finalizer: Any, failure: BaseException | None
-    ) -> Awaitable[None] | None:
-        """Begin to; returns what is to be awaited for the rest, if there is any."""
-        if isinstance(finalizer, _Keeper):
-            return self._finish_in_keeper(resource, finalizer, failure)
-        if isinstance(finalizer, _Elsewhere):
-            return self._finish_elsewhere(resource, finalizer, failure)
-        rest = resource.factory.finish(finalizer, failure)
-        return None if rest is None else finish_in_time(rest, resource, self)
-
-    # Early release
-
-    async def release(self, resource: "Resource[Any]") -> None:
-        """
-        Tear it down now, and before it what has used it. Raises as ``close()`` does,
-        and AsyncResourceError where this is not the place: then nothing has changed.
-        """
-        self._check_loop(resource)
-        doomed = self._users_of(resource)
-        for scope, one in doomed:
-            scope.check_release(one, in_loop=True)
-        over = asyncio.get_running_loop().create_future()
-        holders = {self, *(scope for scope, _ in doomed)}
-        for holder in holders:
-            holder._releases = (holder._releases or set()) | {over}
-        errors: list[Exception] = []
-        fatal: BaseException | None = None
-        try:
-            fatal = await self._tear_down_all(_taken_out(doomed), None, errors)
-        finally:
-            over.set_result(None)
-            for holder in holders:
-                holder._releases = (holder._releases or set()) - {over}
-        self._raise(fatal, errors)
-
-    def release_sync(self, resource: "Resource[Any]") -> None:
-        """As ``release()``, from sync code, for what is sync and was set up in this thread."""
-        doomed = self._users_of(resource)
-        for scope, one in doomed:
-            scope.check_release(one, in_loop=False)
-        errors: list[Exception] = []
-        for scope, one in doomed:
-            scope.values.pop(one, None)
-            finalizer = scope._finalizers.pop(one, None)
-            try:
-                if isinstance(finalizer, _Elsewhere):
-                    finalizer.context.run(one.factory.finish, finalizer.generator, None)
-                elif finalizer is not None:
-                    one.factory.finish(finalizer, None)
-            except Exception as error:
-                error.add_note(f"while {one} was released")
-                errors.append(error)
-        self._raise(None, errors)
-
-    def _users_of(self, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":
-        """What is to go when it goes, itself included, in the order of teardown."""
-        if self._state != "open":
-            return []
-        found: list[tuple[Scope, Resource[Any]]] = []
-        gone: set[Resource[Any]] = set()
-        for scope in (self,) if self.response is None else (self, self.response):
-            uses = scope._uses or {}
-            for one in list(scope.values):  # a user's set-up ends after that of what it uses
-                if one is resource or not gone.isdisjoint(uses.get(one, ())):
-                    gone.add(one)
-                    found.append((scope, one))
-        return found[::-1]
-
-    def check_release(self, resource: "Resource[Any]", *, in_loop: bool) -> None:
-        finalizer = self._finalizers.get(resource)
-        if finalizer is None:
-            return
-        if not in_loop and resource.factory.is_async:
-            raise AsyncResourceError(
-                resource,
-                self,
-                "it is async, and uses what sync code is about to release",
-                "Release it first, with `await ....release()`.",
-            )
-        if isinstance(finalizer, _Elsewhere):
-            here = in_loop or finalizer.thread == get_ident()
-        elif isinstance(finalizer, _Keeper):
-            here = True
-        else:
-            here = self.thread == get_ident() and self.owner is current_task()
-        if not here:
-            raise AsyncResourceError(
-                resource,
-                self,
-                "what is torn down must be so where it was set up, and that is elsewhere",
-                "Release it in the task or thread that used it first: for what a view has used, in "
-                "the view itself.",
-            )
-
-    # Closing, in parts
 
     async def _stop_set_ups(self) -> asyncio.CancelledError | None:
         """
@@ -797,74 +717,13 @@ class Scope:
         cancellation = None
         while keepers := [
             set_up.keeper
-            for set_up in list(self._pending.values())  # threads may change it meanwhile
+            for set_up in list(self.pending.values())  # threads may change it meanwhile
             if set_up.keeper is not None and not set_up.keeper.done()
         ]:
             for keeper in keepers:
                 keeper.cancel()
             cancellation = await outlast(*keepers, seconds=self.teardown_timeout) or cancellation
         return cancellation
-
-    async def _finish_in_time(
-        self, resource: "Resource[Any]", generator: Any, failure: BaseException | None
-    ) -> None:
-        rest = resource.factory.finish(generator, failure)
-        if rest is not None:
-            await finish_in_time(rest, resource, self)
-
-    async def _finish_in_keeper(
-        self, resource: "Resource[Any]", keeper: _Keeper, failure: BaseException | None
-    ) -> None:
-        if keeper.task is asyncio.current_task():  # it closes an abandoned scope
-            await self._finish_in_time(resource, keeper.generator, failure)
-            return
-        if not keeper.verdict.done():
-            keeper.verdict.set_result(failure)
-        await self._finish_in_task(resource, keeper.task)
-
-    async def _finish_elsewhere(
-        self, resource: "Resource[Any]", elsewhere: _Elsewhere, failure: BaseException | None
-    ) -> None:
-        def finish() -> None:
-            elsewhere.context.run(resource.factory.finish, elsewhere.generator, failure)
-
-        if self.sync_only or elsewhere.thread == get_ident():
-            finish()
-        else:
-            began = perf_counter()
-            # In a task, as asgiref drops what is cancelled before the thread gets to it. In
-            # time, as nothing ends a thread that hangs.
-            await self._finish_in_task(
-                resource, asyncio.create_task(hop(finish)), self.teardown_timeout
-            )
-            warn_if_slow(resource, self, perf_counter() - began)
-
-    async def _finish_in_task(
-        self, resource: "Resource[Any]", task: "asyncio.Task[None]", seconds: float | None = None
-    ) -> None:
-        """Wait for the task in which it is torn down, whoever cancels this one meanwhile."""
-        cancellation: BaseException | None = await outlast(task, seconds=seconds)
-        error: BaseException | None = None
-        if not task.done():
-            task.add_done_callback(self._log_late)
-            error = timed_out(resource, self.teardown_timeout)
-        elif task.cancelled():
-            cancellation = cancellation or asyncio.CancelledError()
-        else:
-            error = task.exception()
-        try:
-            if cancellation is not None:
-                if error is not None:
-                    self._log(error)
-                raise cancellation
-            if error is not None:
-                raise error
-        finally:
-            del cancellation, error
-
-    def _log_late(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log(error)
 
     def give_up(self) -> "asyncio.Task[Any] | None":
         """Its lifespan does not wait any longer. Returns a task that it has cancelled."""
@@ -880,7 +739,11 @@ class Scope:
         except TeardownError as error:
             if failure is None or isinstance(failure, Exception):
                 raise
-            self._log(error)
+            self.log(error)
 
-    def _log(self, error: BaseException) -> None:
+    def log(self, error: BaseException) -> None:
         logger.error("While %s was closed: %s", self, error, exc_info=error)
+
+    def log_late(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.log(error)

@@ -84,6 +84,9 @@ class SetUp:
             self.got(other)
             raise CircularResourceError([step.resource for step in [self, *circle]])
 
+    def waits_for(self, other: "SetUp | None") -> bool:
+        return other is not None and _way(self, other, set()) is not None
+
     def got(self, other: "SetUp") -> None:
         if self.needs is not None:
             self.needs.remove(other)  # once: it may be needed in several child tasks

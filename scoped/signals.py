@@ -26,6 +26,7 @@ What they raise is logged (logger ``django.dispatch``), and changes nothing.
 from collections.abc import Callable
 from inspect import iscoroutinefunction
 from typing import Any
+from weakref import ReferenceType
 
 from django.dispatch import Signal
 
@@ -71,10 +72,10 @@ resource_torn_down = _Event()
 
 class _Sender:
     def scope_opened(self, scope: Scope) -> None:
-        scope_opened.send_robust(type(scope), scope=scope)
+        _send(scope_opened, scope)
 
     def scope_closed(self, scope: Scope, seconds: float, error: BaseException | None) -> None:
-        scope_closed.send_robust(type(scope), scope=scope, seconds=seconds, error=error)
+        _send(scope_closed, scope, seconds=seconds, error=error)
 
     def resource_set_up(
         self,
@@ -84,10 +85,10 @@ class _Sender:
         error: BaseException | None,
         asked_by: Resource[Any] | None,
     ) -> None:
-        resource_set_up.send_robust(
-            type(scope),
+        _send(
+            resource_set_up,
+            scope,
             resource=resource,
-            scope=scope,
             seconds=seconds,
             error=error,
             asked_by=asked_by,
@@ -100,12 +101,20 @@ class _Sender:
         seconds: float,
         error: BaseException | None,
     ) -> None:
-        resource_torn_down.send_robust(
-            type(scope), resource=resource, scope=scope, seconds=seconds, error=error
-        )
+        _send(resource_torn_down, scope, resource=resource, seconds=seconds, error=error)
+
+
+def _send(signal: _Event, scope: Scope, **named: Any) -> None:
+    if not signal.send_robust(type(scope), scope=scope, **named):
+        _update()  # receivers are held weakly: perhaps the last one is gone
 
 
 def _update() -> None:
-    listened_to = (scope_opened, scope_closed, resource_set_up, resource_torn_down)
-    anybody = any(signal.receivers for signal in listened_to)
+    signals = (scope_opened, scope_closed, resource_set_up, resource_torn_down)
+    anybody = any(_is_alive(entry) for signal in signals for entry in list(signal.receivers))
     events.observer = _Sender() if anybody else None
+
+
+def _is_alive(entry: tuple[Any, ...]) -> bool:
+    receiver = entry[1]
+    return not isinstance(receiver, ReferenceType) or receiver() is not None

@@ -1,31 +1,134 @@
 """
-Bounds what a teardown may take. Most are over in one go and need no bound, so
-a teardown is watched from when it first suspends.
+Tears down one resource: in the task or thread that set it up, and in time. Most are
+over in one go and need no bound, so a teardown is watched from when it first suspends.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from contextvars import Context
+from threading import get_ident
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+from scoped.waiting import hop, outlast
 
 if TYPE_CHECKING:
     from scoped.resources import Resource
     from scoped.scopes import Scope
 
-__all__ = ["finish_in_time", "timed_out", "warn_if_slow"]
+__all__ = ["Elsewhere", "Keeper", "finish", "finish_in_time"]
 
 logger = logging.getLogger("scoped")
 
 
-def timed_out(resource: object, seconds: float) -> TimeoutError:
+class Keeper:
+    """Tears down, in the task that set it up, what some other task than the owner asked for."""
+
+    __slots__ = ("generator", "task", "verdict")
+
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
+        task = asyncio.current_task()
+        assert task is not None
+        self.task: asyncio.Task[None] = task
+        self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
+
+
+class Elsewhere:
+    """Where a sync generator was started, if not by the owner."""
+
+    __slots__ = ("context", "generator", "thread")
+
+    def __init__(self, generator: Any, context: Context) -> None:
+        self.generator = generator
+        self.context = context
+        self.thread = get_ident()
+
+
+def finish(
+    resource: "Resource[Any]", scope: "Scope", finalizer: Any, failure: BaseException | None
+) -> Coroutine[Any, Any, None] | None:
+    """
+    Begin to tear it down. The finalizer is a Keeper, an Elsewhere, or a generator that the
+    caller has started. Returns what is to be awaited for the rest, if that was not all.
+    """
+    if isinstance(finalizer, Keeper):
+        return _finish_in_keeper(resource, scope, finalizer, failure)
+    if isinstance(finalizer, Elsewhere):
+        return _finish_elsewhere(resource, scope, finalizer, failure)
+    rest = resource.factory.finish(finalizer, failure)
+    return None if rest is None else finish_in_time(rest, resource, scope)
+
+
+async def _finish_in_keeper(
+    resource: "Resource[Any]", scope: "Scope", keeper: Keeper, failure: BaseException | None
+) -> None:
+    if keeper.task is asyncio.current_task():  # it closes an abandoned scope
+        rest = finish(resource, scope, keeper.generator, failure)
+        if rest is not None:
+            await rest
+        return
+    if not keeper.verdict.done():
+        keeper.verdict.set_result(failure)
+    for release in scope.visible.releases or ():
+        if asyncio.current_task() in release.tasks:
+            release.tasks.append(keeper.task)
+    await _finish_in_task(resource, scope, keeper.task)
+
+
+async def _finish_elsewhere(
+    resource: "Resource[Any]", scope: "Scope", elsewhere: Elsewhere, failure: BaseException | None
+) -> None:
+    def finish_there() -> None:
+        elsewhere.context.run(resource.factory.finish, elsewhere.generator, failure)
+
+    if scope.sync_only or elsewhere.thread == get_ident():
+        finish_there()
+    else:
+        began = perf_counter()
+        # In a task, as asgiref drops what is cancelled before the thread gets to it. In
+        # time, as nothing ends a thread that hangs.
+        task = asyncio.create_task(hop(finish_there))
+        await _finish_in_task(resource, scope, task, scope.teardown_timeout)
+        _warn_if_slow(resource, scope, perf_counter() - began)
+
+
+async def _finish_in_task(
+    resource: "Resource[Any]",
+    scope: "Scope",
+    task: "asyncio.Task[None]",
+    seconds: float | None = None,
+) -> None:
+    """Wait for the task in which it is torn down, whoever cancels this one meanwhile."""
+    cancellation: BaseException | None = await outlast(task, seconds=seconds)
+    error: BaseException | None = None
+    if not task.done():
+        task.add_done_callback(scope.log_late)
+        error = _timed_out(resource, scope.teardown_timeout)
+    elif task.cancelled():
+        cancellation = cancellation or asyncio.CancelledError()
+    else:
+        error = task.exception()
+    try:
+        if cancellation is not None:
+            if error is not None:
+                scope.log(error)
+            raise cancellation
+        if error is not None:
+            raise error
+    finally:
+        del cancellation, error
+
+
+def _timed_out(resource: object, seconds: float) -> TimeoutError:
     return TimeoutError(
         f"{resource} took longer than {seconds:g} seconds to be torn down. "
         'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
     )
 
 
-def warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
+def _warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
     if seconds > scope.slow_teardown:
         logger.warning("%s of %s took %.1f seconds to be torn down.", resource, scope, seconds)
 
@@ -52,8 +155,8 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
         for _ in range(watched.overdue):
             task.uncancel()
     if watched.overdue:
-        raise timed_out(resource, scope.teardown_timeout)
-    warn_if_slow(resource, scope, loop.time() - began)
+        raise _timed_out(resource, scope.teardown_timeout)
+    _warn_if_slow(resource, scope, loop.time() - began)
 
 
 class _Watched:

@@ -13,6 +13,7 @@ from django.http.response import HttpResponseBase
 from scoped import conf
 from scoped.handlers import ScopedHandler
 from scoped.receivers import close_foreign, connect, note_failure, tells_of_response
+from scoped.scopes import scope_here
 
 __all__ = ["ScopedWSGIHandler", "get_wsgi_application"]
 
@@ -39,12 +40,14 @@ class ScopedWSGIHandler(ScopedHandler, WSGIHandler):
         tells_of_response.add(cls)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        around = scope_here()
         try:
             response: Any = super().__call__(environ, start_response)
         except BaseException as error:
             # Not even a 500: Django leaves the request unfinished then.
-            note_failure(error)
-            close_foreign(sender=type(self))
+            if scope_here() is not around:
+                note_failure(error)
+                close_foreign(sender=type(self))
             raise
         # Not a file that the server sends in its own way.
         if isinstance(response, HttpResponseBase) and response.streaming:

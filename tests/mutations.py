@@ -24,7 +24,9 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
+        *("until_response", "release", "wsgi"),
         *("factories", "threads", "many_threads", "every_await", "model"),
+        *("background", "testing", "signals"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.
@@ -117,7 +119,7 @@ MUTATIONS = [
     ),
     mutation(
         "a cancelled scope does not say so",
-        ("scopes", "                raise fatal\n", "                return\n"),
+        ("scopes", "            raise fatal\n", "            return\n"),
     ),
     mutation(
         "who waits for something to end is cancelled at once",
@@ -162,22 +164,22 @@ MUTATIONS = [
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("scopes", "await self._stop_set_ups() if self._pending else None", "None"),
+        ("scopes", "if self.pending and (cancellation", "if None and (cancellation"),
     ),
     mutation(
         "what is set up too late is never torn down",
         (
             "scopes",
-            "await self._finish_in_time(resource, generator, self.failure)",
-            "pass",
+            "rest = finish(resource, self, generator, self.failure)",
+            "rest = None",
         ),
     ),
     mutation(
         "a closed scope keeps what ended it",
         (
             "scopes",
-            "self.failure = self.owner = self._closer = None",
-            "pass",
+            "self.failure = self.owner = self._closer = self.uses",
+            "self.uses",
         ),
     ),
     mutation(
@@ -223,8 +225,8 @@ MUTATIONS = [
         "threads do not wait for each other's set-ups",
         (
             "scopes",
-            "other = self._pending.setdefault(resource, set_up)",
-            "other = self._pending[resource] = set_up",
+            "other = self.pending.setdefault(resource, set_up)",
+            "other = self.pending[resource] = set_up",
         ),
     ),
     # Isolation
@@ -257,9 +259,230 @@ MUTATIONS = [
         "a lifespan resource may ask for a request's",
         (
             "requests",
-            "        raise LifetimeError(here.resource, resource)\n",
+            "        raise LifetimeError(asker, resource, asker.lifetime.value, "
+            "resource.lifetime.value)\n",
             "        return here.scope\n",
         ),
+    ),
+    # Until the response
+    mutation(
+        "nothing ends with the response",
+        ("handlers", "            await scope.end_response()\n", "            pass\n"),
+    ),
+    mutation(
+        "nothing ends with the response under WSGI",
+        ("handlers", "            run_without_loop(scope.end_response())\n", "            pass\n"),
+    ),
+    mutation(
+        "the closers of a response that an error replaces are forgotten",
+        ("handlers", "    page._resource_closers.extend(response._resource_closers)\n", ""),
+    ),
+    mutation(
+        "the closers of a response that is never sent are forgotten",
+        (
+            "handlers",
+            "                page: Any = await make_page(request, error)\n"
+            "            except BaseException:\n"
+            "                close_resources(response)  # nobody else will see it\n",
+            "                page: Any = await make_page(request, error)\n"
+            "            except BaseException:\n",
+        ),
+    ),
+    mutation(
+        "a stream that an error replaces is left to the garbage collector",
+        ("handlers", "                await _drop_stream(response)\n", "                pass\n"),
+    ),
+    mutation(
+        "a request that was cancelled keeps it beyond request_finished's receivers",
+        ("asgi", "await self.attempt(end_response(request_scope))", "pass"),
+    ),
+    mutation(
+        "a malformed request keeps it beyond its response",
+        ("asgi", "await request_scope.end_response()  # receivers", "pass  # receivers"),
+    ),
+    mutation(
+        "what middleware raises is not noted without the app",
+        (
+            "receivers",
+            "    got_request_exception.connect(_request_failed)\n\n\ndef connect()",
+            "\n\ndef connect()",
+        ),
+    ),
+    mutation(
+        "a stream may set up anew what ended with the response",
+        (
+            "requests",
+            '"open" if around.is_open and not around.has_responded else "closed"',
+            '"open" if around.is_open else "closed"',
+        ),
+    ),
+    mutation(
+        "a request's resource may ask for what ends with the response",
+        ("requests", "if not isinstance(here, SetUp) or here.scope is not scope:", "if True:"),
+    ),
+    mutation(
+        "a keeper's timeout across the yield is not seen until the response",
+        ("scopes", "self.lifetime is not Lifetime.LIFESPAN:", "self.lifetime is Lifetime.REQUEST:"),
+    ),
+    # Early release
+    mutation(
+        "what has used a resource outlives its release",
+        (
+            "releases",
+            "if one is resource or not gone.isdisjoint(uses.get(one, ())):",
+            "if one is resource:",
+        ),
+    ),
+    mutation(
+        "what has used a resource is torn down after it",
+        ("releases", "        holder, user = users[-1]\n", "        holder, user = users[0]\n"),
+    ),
+    mutation(
+        "releases do not wait for each other",
+        ("releases", "    await others_released(scope)\n", ""),
+    ),
+    mutation(
+        "a release that a teardown asks for waits for the one around it",
+        ("teardown", "            release.tasks.append(keeper.task)\n", "            pass\n"),
+    ),
+    mutation(
+        "the end of a scope does not wait for a release",
+        (
+            "scopes",
+            "        if self.releases:\n            overs",
+            "        if None:\n            overs",
+        ),
+    ),
+    mutation(
+        "the end of an empty block does not wait for a release",
+        ("requests", "self.pending or self.releases or", "self.pending or"),
+    ),
+    mutation(
+        "the response does not wait for a release",
+        ("requests", "            await others_released(self)\n", ""),
+    ),
+    mutation(
+        "a release does not wait for what ends with the response",
+        (
+            "requests",
+            "            with releasing(self):\n                await",
+            "            if True:\n                await",
+        ),
+    ),
+    mutation(
+        "a release does not see what is being set up",
+        (
+            "releases",
+            "if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):",
+            "if True:",
+        ),
+    ),
+    mutation(
+        "a factory cannot release what it has used",
+        ("releases", " or set_up.waits_for(asker):", ":"),
+    ),
+    mutation(
+        "a release looks once only",
+        (
+            "releases",
+            "    while users := _users_of(scope, resource):\n",
+            "    users = _users_of(scope, resource)\n    while users:\n",
+        ),
+        (
+            "releases",
+            "        holder, user = users[-1]\n",
+            "        holder, user = users.pop()\n",
+        ),
+    ),
+    mutation(
+        "what was used once is taken to be used for ever",
+        ("releases", "            holder.uses.pop(user, None)\n", "            pass\n"),
+    ),
+    mutation(
+        "anybody may release what the owner has set up",
+        (
+            "releases",
+            "        here = scope.thread == get_ident() and scope.owner is current_task()\n",
+            "        here = True\n",
+        ),
+    ),
+    # The sync world
+    mutation(
+        "a body that fails under WSGI is no failure",
+        (
+            "wsgi",
+            "            note_failure(error)\n            raise\n\n    def close",
+            "            raise\n\n    def close",
+        ),
+    ),
+    mutation(
+        "a body that a WSGI server gives up is a failure",
+        (
+            "wsgi",
+            "            raise  # the server has had enough\n",
+            "            note_failure(GeneratorExit())\n            raise\n",
+        ),
+    ),
+    mutation(
+        "what leaves Django's WSGI handler leaves the scope open",
+        ("wsgi", "                close_foreign(sender=type(self))\n", ""),
+    ),
+    mutation(
+        "what leaves Django's WSGI handler closes the scope around it",
+        ("wsgi", "if scope_here() is not around:", "if True:"),
+    ),
+    mutation(
+        "a forked process uses what its parent has set up",
+        ("lifespans", "os.register_at_fork(after_in_child=_forked)\n", ""),
+    ),
+    mutation(
+        "a forked process closes at its exit what its parent has set up",
+        ("lifespans", "        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))\n", ""),
+    ),
+    mutation(
+        "a request that was open at the fork keeps its parent's lifespan",
+        (
+            "requests",
+            "while self.lifespan is None or self.lifespan.is_parents:",
+            "while self.lifespan is None:",
+        ),
+    ),
+    # Background tasks, tests, signals
+    mutation(
+        "a background task that shutdown no longer waits for runs on",
+        ("background", "            self.owner.cancel()\n", "            return None\n"),
+    ),
+    mutation(
+        "a background task uses the request's thread",
+        ("background", "ThreadSensitiveContext(executor=thread)", "ThreadSensitiveContext()"),
+    ),
+    mutation(
+        "factories are not told of a background task's failure",
+        ("background", "await scope.close(failure)", "await scope.close()"),
+    ),
+    mutation(
+        "a background task that never began keeps its scope",
+        ("background", "    if scope.is_open:  #", "    if False:  #"),
+    ),
+    mutation(
+        "an override is not undone",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._recipe"),
+    ),
+    mutation(
+        "an override undoes the one inside it",
+        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._access.resource"),
+    ),
+    mutation(
+        "test clients' lifespan-scoped resources live for ever",
+        ("receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
+    ),
+    mutation(
+        "signals do not tell who asked",
+        ("scopes", "set_up.asked_by if asker is None else asker.resource", "None"),
+    ),
+    mutation(
+        "the lifespan of a loop that ends is kept by who never dropped it",
+        ("lifespans", "if not self._holders or loop_ends:", "if not self._holders:"),
     ),
 ]
 

@@ -45,8 +45,11 @@ def found(check_id=None):
 
 
 def check(*options):
-    """In a Context of its own: Django's checks open caches, which requests would close."""
-    contextvars.copy_context().run(call_command, "check", *options)
+    """
+    Ours alone, for a library that another test has imported may have brought checks of its
+    own. In a Context of its own: checks open caches, which requests would close.
+    """
+    contextvars.copy_context().run(call_command, "check", "--tag", "scoped", *options)
 
 
 def test_a_project_without_fault_gets_no_message():

@@ -413,7 +413,7 @@ async def test_a_whole_scope_ends_well(kind: str, is_held: bool) -> None:
 
 
 def what_is_kept(scope: Any) -> Any:
-    return scope.values or scope._pending or scope._finalizers
+    return scope.values or scope.pending or scope.finalizers
 
 
 async def attack_scope(attack: Attack, is_held: bool) -> bool:

@@ -161,7 +161,7 @@ class TestFoundOutWhenItRuns:
                 await (never() if where == "owner" else asyncio.create_task(never()))
             with pytest.raises(FactoryError, match=r"sync_never .*without a `yield`"):
                 sync_never()
-            assert scope.values == scope._finalizers == {}
+            assert scope.values == scope.finalizers == {}
 
     async def test_a_generator_that_yields_twice(self) -> None:
         log: list[str] = []

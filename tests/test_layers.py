@@ -16,8 +16,8 @@ PACKAGE = Path(scoped.__file__).parent
 # above only.
 CORE = [
     *("exceptions", "factories", "events", "waiting", "setups", "teardown"),
-    *("scopes", "lifespans", "requests", "resources"),
-    *("inspection", "threads", "background", "yields"),
+    *("scopes", "releases", "lifespans", "requests", "resources"),
+    *("inspection", "overrides", "threads", "background", "yields"),
 ]
 DJANGO = ["dispatch", "receivers", "asgi", "conf", "checks", "apps", "testing"]
 DJANGO += ["handlers", "wsgi", "signals", "management/commands/scoped"]

@@ -22,6 +22,7 @@ from scoped import (
     request_scope,
     request_scoped,
     scopes,
+    teardown,
 )
 from scoped.lifespans import LifespanScope
 from scoped.requests import RequestScope
@@ -486,6 +487,26 @@ class TestShutdown:
         asyncio.run(main())
         assert log == ["settings"]
 
+    def test_held_by_somebody_who_never_drops_it_it_ends_with_the_event_loop(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            try:
+                yield "pool"
+            finally:
+                log.append("pool")
+
+        held = lifespan_scope()
+
+        async def enter() -> None:
+            await held.__aenter__()
+            await pool()
+
+        with asyncio.Runner() as runner:
+            runner.run(enter())
+        assert log == ["pool"]
+
     def test_a_served_request_keeps_it_until_the_event_loop_ends(self, log: list[str]) -> None:
         """A server without the lifespan protocol says nothing at its end."""
 
@@ -586,8 +607,8 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            keeper = lifespan._finalizers[pool.resource]
-            assert isinstance(keeper, scopes._Keeper)
+            keeper = lifespan.finalizers[pool.resource]
+            assert isinstance(keeper, teardown.Keeper)
             keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
             await settle()
             closing = asyncio.create_task(lifespan.close())

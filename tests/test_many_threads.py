@@ -116,8 +116,8 @@ def ask(resources: list[Any], number: int) -> object:
 
 def assert_nothing_kept(scope: Scope) -> None:
     assert not scope.values
-    assert not scope._pending
-    assert not scope._finalizers
+    assert not scope.pending
+    assert not scope.finalizers
 
 
 def test_a_tree_asked_for_from_all_sides_is_set_up_once_and_torn_down_in_order(

@@ -684,7 +684,7 @@ class Run(logging.Handler):
         for attempt in self.attempts:
             self.check_attempt(attempt)
         for scope in {attempt.scope for attempt in self.attempts}:
-            kept = scope.values or scope._pending or scope._finalizers
+            kept = scope.values or scope.pending or scope.finalizers
             self.expect(not kept, "kept by", scope, kept)
             held = [
                 attempt

@@ -658,7 +658,7 @@ class TestAllOfIt:
         with pytest.raises(ScopeClosedError):
             await stray
         assert log == ["tenant"]
-        assert scope.values == scope._pending == scope._finalizers == {}
+        assert scope.values == scope.pending == scope.finalizers == {}
 
 
 CURRENT: ContextVar[str] = ContextVar("CURRENT", default="unset")
@@ -1146,7 +1146,7 @@ class TestNothingIsKept:
             await settle()
         gc.collect()
         assert [reference() for reference in gone] == [None] * 3
-        assert scope.values == scope._finalizers == scope._pending == {}
+        assert scope.values == scope.finalizers == scope.pending == {}
         stray.cancel()
 
     @WHERE
@@ -1309,6 +1309,8 @@ class TestNothingIsKept:
 async def test_an_async_context_manager_around_the_yield_is_what_it_is_made_for(
     log: list[str],
 ) -> None:
+    """Promise 11."""
+
     @asynccontextmanager
     async def connect() -> AsyncIterator[str]:
         try:
@@ -1339,6 +1341,8 @@ async def test_an_async_context_manager_around_the_yield_is_what_it_is_made_for(
 
 
 async def test_a_lifespan_tears_down_all_of_it_too(log: list[str], caplog: Any) -> None:
+    """Promise 8."""
+
     caplog.set_level(logging.ERROR)
 
     @lifespan_scoped

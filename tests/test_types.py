@@ -17,6 +17,7 @@ PROGRAM = """\
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 
 from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
+from scoped.wsgi import get_wsgi_application
 
 
 class Connection: ...
@@ -72,6 +73,26 @@ async def maybe() -> Connection | None:
     return None
 
 
+@request_scoped(until="response")
+async def transaction() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+@request_scoped(until="response")
+async def until_coroutine() -> Connection:
+    return Connection()
+
+
+@request_scoped(until="response")
+def sync_transaction() -> Iterator[Connection]:
+    yield Connection()
+
+
+@request_scoped(until=None)
+def until_function() -> Connection:
+    return Connection()
+
+
 async def view() -> None:
     reveal_type(await async_generator())  # Connection
     reveal_type(await async_generator_2())  # Connection
@@ -90,12 +111,30 @@ async def view() -> None:
         reveal_type(lifespan)  # Scope
     with request_scope() as scope:
         reveal_type(scope.name)  # str
+    reveal_type(await transaction())  # Connection
+    reveal_type(await until_coroutine())  # Connection
+    reveal_type(sync_transaction())  # Connection
+    reveal_type(until_function())  # Connection
+    reveal_type(await transaction.release())  # None
+    reveal_type(await coroutine_function.release())  # None
+    reveal_type(async_generator.get_nowait())  # Connection
+    reveal_type(transaction.get_nowait())  # Connection
+    reveal_type(pool.get_nowait())  # Connection
+    reveal_type((await maybe()) or (maybe.get_nowait()))  # Connection | None
+    generator.release()
+    sync_transaction.release()
+    reveal_type(get_wsgi_application())  # ScopedWSGIHandler
 """
 
 WRONG = """\
 from collections.abc import AsyncIterator
 
-from scoped import request_scoped
+from scoped import lifespan_scoped, request_scoped
+
+
+@lifespan_scoped
+async def pool() -> AsyncIterator[str]:
+    yield "pool"
 
 
 @request_scoped
@@ -113,6 +152,13 @@ async def view() -> None:
     (await db()).no_such_method()
     await tenant()
     db(1)
+    await tenant.release()
+    await pool.release()
+    tenant.get_nowait()
+    number = db.get_nowait()
+    request_scoped(until="view")
+    db.release(1)
+    db.release()
 
 
 @request_scoped
@@ -159,7 +205,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 14
+    assert len(expected) == 25
 
     def plain(name: str) -> str:
         return re.sub(r"(?:program|builtins|scoped\.\w+)\.", "", name)
@@ -177,10 +223,10 @@ def test_a_wrong_use_is_an_error(checker: str, tmp_path: Path) -> None:
     lines = WRONG.splitlines()
     found = {int(number) for number in re.findall(r"wrong\.py:(\d+):(?:\d+)?[ :-]*error", output)}
     first = lines.index("async def view() -> None:") + 1
-    assert set(range(first + 1, first + 5)) <= found, output
+    assert set(range(first + 1, first + 12)) <= found, output
     declared = len(lines)
     assert found & {declared, declared - 1}, output
-    assert found <= {*range(first + 1, first + 5), declared, declared - 1}, output
+    assert found <= {*range(first + 1, first + 12), declared, declared - 1}, output
 
 
 @CHECKERS

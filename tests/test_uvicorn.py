@@ -1,4 +1,4 @@
-"""The ticket's two programs, and promise 16, under a real uvicorn."""
+"""The ticket's two programs, and the lifespan, under a real uvicorn."""
 
 import signal
 import socket
@@ -23,6 +23,9 @@ def test_a_request_finished_receiver_sees_what_the_view_set():
             for _ in range(3):
                 assert client.get("/").text == "ok"
             assert client.get("/log").json() == ["close connection"] * 3
+
+
+# Promise 16: lifespan
 
 
 def test_the_server_refuses_to_start_and_says_which_resource_failed():

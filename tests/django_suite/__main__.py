@@ -111,6 +111,8 @@ def put_ours_in_place() -> dict[str, Any]:
     """Returns the class that serves requests, and counts them, by kind of request."""
     import django.core.asgi
     import django.core.handlers.asgi
+    import django.core.handlers.wsgi
+    import django.core.wsgi
 
     from scoped import receivers
     from scoped.asgi import ScopedASGIHandler
@@ -122,12 +124,16 @@ def put_ours_in_place() -> dict[str, Any]:
     import django.test.client
     from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
 
-    from tests.django_suite.client import AsyncClientHandler, ClientHandler
+    from scoped.testing import ASGIClientHandler, AsyncClientHandler, WSGIClientHandler
+    from scoped.wsgi import ScopedWSGIHandler
 
     if not issubclass(ASGIStaticFilesHandler, handler):
         sys.exit("Django's static files handler was imported too early: its base is not ours.")
-    AsyncClientHandler.handler_class = counting(ClientHandler)
+    AsyncClientHandler.handler_class = counting(ASGIClientHandler)
     django.test.client.AsyncClientHandler = AsyncClientHandler
+    django.test.client.ClientHandler = WSGIClientHandler
+    django.core.handlers.wsgi.WSGIHandler = ScopedWSGIHandler
+    django.core.wsgi.WSGIHandler = ScopedWSGIHandler
     # As with "scoped" in INSTALLED_APPS: they must do no harm to others' requests.
     receivers.connect()
     return {"ASGI": handler, "AsyncClient": AsyncClientHandler.handler_class}

@@ -1,6 +1,4 @@
 import asyncio
-import importlib
-import sys
 from contextlib import asynccontextmanager
 from types import ModuleType, SimpleNamespace
 
@@ -11,40 +9,14 @@ from redis.asyncio import Redis
 
 from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
+from tests.pages import importer
 from tests.recipes import pages
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """Imports the files of one section of a page, or of several, as a project would."""
-    monkeypatch.syspath_prepend(tmp_path)
-    before = {}
-
-    def load(page, *names):
-        files = {}
-        for name in names:
-            files |= pages.files(page, name)
-        for name, text in files.items():
-            (tmp_path / name).write_text(text)
-            module = name.removesuffix(".py")
-            before.setdefault(module, sys.modules.pop(module, None))
-        importlib.invalidate_caches()
-        return {name: importlib.import_module(name.removesuffix(".py")) for name in files}
-
-    def load_all(*sections):
-        """Sections are a page and headings in it; later files stand in for earlier ones."""
-        modules = {}
-        for page, *names in sections:
-            modules |= load(page, *names)
-        return SimpleNamespace(
-            **{name.removesuffix(".py"): module for name, module in modules.items()}
-        )
-
-    yield load_all
-    for name, module in before.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+    yield from importer(tmp_path, monkeypatch, pages.DIRECTORY)
 
 
 @asynccontextmanager
@@ -74,12 +46,11 @@ def serve():
     async def serve(*urlpatterns, application=None, **settings):
         urls = ModuleType("urls")
         urls.urlpatterns = list(urlpatterns)
-        if application is None:
-            application = ScopedASGIHandler()
+        served = application
 
         def open_connection(path, **kwargs):
             path, _, query = path.partition("?")
-            return Connection(application, path, query_string=query.encode(), **kwargs)
+            return Connection(served, path, query_string=query.encode(), **kwargs)
 
         async def get(path, **kwargs):
             connection = open_connection(path, **kwargs)
@@ -88,7 +59,9 @@ def serve():
             return connection
 
         with override_settings(**{"ROOT_URLCONF": urls, **settings}):
-            async with lifespan(application):
+            if served is None:
+                served = ScopedASGIHandler()
+            async with lifespan(served):
                 yield SimpleNamespace(get=get, open=open_connection)
 
     return serve
@@ -122,7 +95,7 @@ async def backends(postgres_url):
         )
 
     async def reach(number, condition="true"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while await count(condition) != number:
                 await asyncio.sleep(0.01)
 

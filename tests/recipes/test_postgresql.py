@@ -7,6 +7,8 @@ import pytest
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
+from scoped import request_scoped
+
 ASYNCPG = ("postgresql.md", "asyncpg")
 PSYCOPG = ("postgresql.md", "psycopg")
 SLEEPS = "wait_event = 'PgSleep'"
@@ -74,7 +76,7 @@ async def returned(pool, *, soon=False):
         stats = pool.get_stats()
         return stats["pool_available"] == stats["pool_size"] > 0
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while (soon or not isinstance(pool, asyncpg.Pool)) and not is_back():
             await asyncio.sleep(0.01)
     assert is_back()
@@ -142,6 +144,32 @@ async def test_a_commit_that_fails_after_the_answer_is_logged(recipe, serve, not
     [record] = caplog.records
     [error] = record.exc_info[1].exceptions
     assert isinstance(error, asyncpg.UniqueViolationError)
+
+
+async def test_psycopg_commits_until_the_response_or_it_is_a_500(recipe, serve, notes):
+    factory = recipe(PSYCOPG).resources.db.resource.factory.function
+    db = request_scoped(until="response")(factory)
+    seen = []
+
+    async def view(request):
+        connection = await db()
+        await connection.execute(
+            "CREATE TEMPORARY TABLE unique_numbers (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
+            " ON COMMIT DROP"
+        )
+        await connection.execute("INSERT INTO notes (text) VALUES ('kept')")
+        for _ in range(int(request.GET["times"])):
+            await connection.execute("INSERT INTO unique_numbers VALUES (1)")
+        return HttpResponse("done")
+
+    async def look(number, message):
+        seen.append(await notes())
+
+    async with serve(path("", view)) as site:
+        assert (await site.get("/?times=1", before_send=look)).body == b"done"
+        assert seen[0] == ["kept"]
+        assert (await site.get("/?times=2")).status == 500
+    assert await notes() == ["kept"]
 
 
 # Child tasks

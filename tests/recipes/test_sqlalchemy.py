@@ -7,6 +7,8 @@ from django.urls import path
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
 
+from scoped import request_scoped
+
 SESSION = ("sqlalchemy.md", "AsyncSession")
 
 
@@ -86,6 +88,26 @@ async def test_a_commit_that_fails_after_the_answer_is_logged(project, serve, no
     [record] = caplog.records
     [error] = record.exc_info[1].exceptions
     assert isinstance(error, IntegrityError)
+
+
+async def test_until_the_response_a_commit_that_fails_is_a_500(project, serve, notes):
+    factory = project.resources.session.resource.factory.function
+    session = request_scoped(until="response")(factory)
+    seen = []
+
+    async def view(request):
+        (await session()).add(project.models.Note(text=request.GET.get("text")))
+        return HttpResponse("done")
+
+    async def look(number, message):
+        seen.append(await notes())
+
+    async with serve(path("", view)) as site:
+        assert (await site.get("/?text=kept", before_send=look)).body == b"done"
+        assert seen[0] == ["kept"]
+        assert (await site.get("/")).status == 500
+        assert await checked_out(project) == 0
+    assert await notes() == ["kept"]
 
 
 async def test_children_have_sessions_of_their_own(project, serve, notes):

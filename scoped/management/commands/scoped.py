@@ -39,7 +39,7 @@ def _row(resource: Resource[Any]) -> dict[str, Any]:
         "name": factory.name,
         "lifetime": resource.lifetime.value,
         "kind": factory.kind,
-        "eager": resource in eager,
+        "eager": any(access.resource is resource for access in eager),
         "file": path_from_here(Path(code.co_filename)) if code else None,
         "line": code.co_firstlineno if code else None,
     }

@@ -1,39 +1,173 @@
 """
-Serves the requests of Django's ``AsyncClient`` with our handler.
-
-Django's client has a handler of its own: no ASGI messages, no disconnect, no
-task for the request. Here the client is the other side of
-``ScopedASGIHandler.handle()``, in a server's place, and the test gets the
-response object that the view has returned all the same.
+For tests: Django's test clients, served by our handlers; ``override()``; and
+``assert_no_leaks()``.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from threading import Lock
-from typing import Any
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, cast
 
+from django import test
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http.response import HttpResponseBase
+from django.test.client import ClientHandler
 
 from scoped.asgi import Message, ScopedASGIHandler
+from scoped.handlers import ScopedHandler
+from scoped.inspection import open_scopes, picture
+from scoped.lifespans import lifespan_scope
+from scoped.overrides import override
+from scoped.receivers import connect, tells_of_response
+from scoped.requests import RequestScope
 from scoped.waiting import outlast
 
-__all__ = ["AsyncClientHandler", "ClientHandler"]
+__all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
+
+
+class AsyncClient(test.AsyncClient):
+    """
+    Django's ``AsyncClient``, whose requests are served by ``ScopedASGIHandler``: each in a
+    task and a request scope of its own, finished when ``get()`` and its like return.
+    A streaming response's goes on until its body is read to the end or closed.
+
+    In ``async with AsyncClient() as client:`` the lifespan is held open, as a server
+    holds it: what is declared with ``eager=True`` is set up, and what is
+    lifespan-scoped lives until the end. Otherwise it lives until the event loop ends.
+
+    ``async_client_class = AsyncClient`` gives it to Django's ``TestCase`` classes.
+    """
+
+    def __init__(
+        self,
+        enforce_csrf_checks: bool = False,
+        raise_request_exception: bool = True,
+        *,
+        headers: Mapping[str, str] | None = None,
+        query_params: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> None:
+        super().__init__(
+            enforce_csrf_checks,
+            raise_request_exception,
+            headers=headers,
+            query_params=query_params,
+            **defaults,
+        )
+        self.handler: Any = AsyncClientHandler(enforce_csrf_checks)
+        self._lifespan: lifespan_scope | None = None
+
+    async def __aenter__(self) -> Self:
+        self._lifespan = lifespan_scope()
+        await self._lifespan.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._lifespan is not None
+        await self._lifespan.__aexit__(exc_type, exc, traceback)
+
+
+class Client(test.Client):
+    """
+    Django's ``Client``, whose requests are served as by ``ScopedWSGIHandler``: for sync
+    resources. A streaming response's scope stays open until its body is read to the end
+    or ``response.close()`` is called.
+
+    In ``with Client() as client:`` the lifespan is held open; otherwise what is
+    lifespan-scoped lives as long as the request.
+
+    ``client_class = Client`` gives it to Django's ``TestCase`` classes.
+    """
+
+    def __init__(
+        self,
+        enforce_csrf_checks: bool = False,
+        raise_request_exception: bool = True,
+        *,
+        headers: Mapping[str, str] | None = None,
+        query_params: Mapping[str, Any] | None = None,
+        **defaults: Any,
+    ) -> None:
+        super().__init__(
+            enforce_csrf_checks,
+            raise_request_exception,
+            headers=headers,
+            query_params=query_params,
+            **defaults,
+        )
+        connect()
+        self.handler: Any = WSGIClientHandler(enforce_csrf_checks)
+        self._lifespan: lifespan_scope | None = None
+
+    def __enter__(self) -> Self:
+        self._lifespan = lifespan_scope()
+        self._lifespan.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._lifespan is not None
+        self._lifespan.__exit__(exc_type, exc, traceback)
+
+
+class WSGIClientHandler(ScopedHandler, ClientHandler):
+    """Django's, as ours."""
+
+
+tells_of_response.add(WSGIClientHandler)
+
+
+@contextmanager
+def assert_no_leaks() -> Generator[None, None, None]:
+    """
+    Raise AssertionError at the end of the ``with`` where a request scope that was opened
+    in it is still open, and so holds what it has set up: a stream that was neither
+    read nor closed, a background task that still runs. Lifespans do not count.
+    """
+    before = open_scopes()
+    yield
+    left = [
+        picture(scope, perf_counter())
+        for scope in open_scopes()
+        if isinstance(scope, RequestScope) and scope not in before
+    ]
+    if left:
+        lines = [
+            f"{one.name}, open for {one.seconds:.3f} s, holds: {', '.join(one.resources) or '-'}"
+            for one in left
+        ]
+        raise AssertionError(
+            f"{len(left)} scope(s) still open. Read or close streams, await background tasks.\n"
+            + "\n".join(lines)
+        )
+
 
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.
 _open_requests: set[asyncio.Task[None]] = set()
 
 
-class ClientHandler(ScopedASGIHandler):
+class ASGIClientHandler(ScopedASGIHandler):
     """Shows its conversation the request and the response. A copy serves each request."""
 
     conversation: "_Conversation"
 
-    def create_request(self, scope: dict[str, Any], body_file: Any) -> Any:
+    def create_request(self, scope: Mapping[str, Any], body_file: Any) -> Any:
+        request: Any
         request, error_response = super().create_request(scope, body_file)
         if request is not None:
             request._dont_enforce_csrf_checks = not self.conversation.enforce_csrf_checks
@@ -53,11 +187,11 @@ class AsyncClientHandler:
     neither, the end of its event loop cancels the request.
     """
 
-    handler_class = ClientHandler
+    handler_class = ASGIClientHandler
 
     def __init__(self, enforce_csrf_checks: bool = True) -> None:
         self.enforce_csrf_checks = enforce_csrf_checks
-        self.handler: ClientHandler | None = None
+        self.handler: ASGIClientHandler | None = None
 
     async def __call__(self, scope: dict[str, Any]) -> HttpResponseBase:
         if self.handler is None:  # not earlier: a test may override settings until its request
@@ -90,7 +224,7 @@ class _Conversation:
 
     # The handler's side
 
-    async def serve(self, handler: ClientHandler, scope: dict[str, Any]) -> None:
+    async def serve(self, handler: ASGIClientHandler, scope: dict[str, Any]) -> None:
         with _connections_kept():
             await handler.handle(scope, self.receive, self.send)
 
@@ -108,11 +242,11 @@ class _Conversation:
 
     # The client's side
 
-    async def hold(self, handler: ClientHandler, scope: dict[str, Any]) -> HttpResponseBase:
+    async def hold(self, handler: ASGIClientHandler, scope: dict[str, Any]) -> HttpResponseBase:
         self.task = asyncio.create_task(self.serve(handler, scope))
         _open_requests.add(self.task)
         self.task.add_done_callback(_open_requests.discard)
-        self.task.add_done_callback(lambda task: self.messages.put_nowait(None))
+        self.task.add_done_callback(lambda _: self.messages.put_nowait(None))
         try:
             return await self.converse()
         except BaseException:
@@ -125,7 +259,7 @@ class _Conversation:
         if await self.next() is None:
             self.task.result()
             raise RuntimeError("The handler has returned, and sent no response.")
-        response = self.response
+        response: Any = self.response
         if not response.streaming or self.bodyless:
             async for _ in self.parts():
                 pass
@@ -141,7 +275,7 @@ class _Conversation:
         # Django's would send request_finished, and the handler sees to that.
         response.close = self.hung_up.set
         response.asgi_request = self.request
-        return response
+        return cast(HttpResponseBase, response)
 
     @property
     def bodyless(self) -> bool:
@@ -196,7 +330,7 @@ _disconnected: list[Signal] = []
 
 
 @contextmanager
-def _connections_kept() -> Iterator[None]:
+def _connections_kept() -> Generator[None, None, None]:
     """
     Leave the database connections open when a request starts or finishes, as
     Django's clients do: they are the test's own, with its transaction.

@@ -1,0 +1,83 @@
+"""docs/background.md."""
+
+import asyncio
+from types import ModuleType
+
+import pytest
+from django.http import HttpResponse
+from django.urls import path
+
+from scoped import ScopeClosedError, current_scope, request_scoped, spawn
+from scoped.testing import AsyncClient, assert_no_leaks
+from tests.docs.project import urls
+
+EXAMPLE = ("background.md", "Background tasks")
+SYNC = ("background.md", "In sync code")
+TESTS = ("background.md", "In tests")
+
+log: list[str] = []
+
+
+class Connection:
+    async def send(self, text):
+        await asyncio.sleep(0.01)
+        assert current_scope().request is None
+        log.append(text)
+
+
+@request_scoped
+async def db():
+    log.append("+db")
+    yield Connection()
+    log.append("-db")
+
+
+@pytest.fixture
+def modules(project, monkeypatch):
+    """With this module's ``db`` as the project's."""
+    import sys
+
+    log.clear()
+    resources = ModuleType("resources")
+    resources.db = db
+    monkeypatch.setitem(sys.modules, "resources", resources)
+    return project(EXAMPLE, SYNC, TESTS)
+
+
+@pytest.mark.parametrize("where", ["views", "sync_views"])
+async def test_the_answer_does_not_wait_and_the_shutdown_does(modules, where):
+    view = getattr(modules, where).register
+    with assert_no_leaks(), urls(path("", view)):
+        async with AsyncClient() as client:
+            assert (await client.get("/", {"user": "ada"})).content == b"Welcome"
+            assert "Welcome, ada" not in log
+    assert log == ["+db", "Welcome, ada", "-db"]
+
+
+async def test_the_test_of_the_page_passes(modules):
+    with urls(path("", modules.views.register)):
+        await modules.test_views.test_register()
+    assert log == ["+db", "Welcome, ada", "-db"]
+
+
+async def test_a_plain_task_is_told_that_its_scope_has_closed(modules):
+    go_on, tasks = asyncio.Event(), []
+
+    async def work():
+        await go_on.wait()
+        await db()
+
+    async def view(request):
+        tasks.append(asyncio.create_task(work()))
+        return HttpResponse()
+
+    with urls(path("", view)):
+        await AsyncClient().get("/")
+    go_on.set()
+    with pytest.raises(ScopeClosedError):
+        await tasks[0]
+
+
+def test_without_an_event_loop_it_says_so(modules):
+    with pytest.raises(RuntimeError, match="where no event loop runs"):
+        spawn(modules.views.send_mail("ada"))
