@@ -31,6 +31,9 @@ SIZE = 3  # of stock Django's pool
 COUNTERPARTS = [ending.name for ending in ENDINGS if ending.has_counterpart]
 
 
+pytestmark = pytest.mark.demo
+
+
 @pytest.fixture(scope="module")
 def demo(postgres_url: str, redis_url: str) -> Iterator[Demo]:
     with Demo("--port", "0", DATABASE_URL=postgres_url, REDIS_URL=redis_url) as demo:

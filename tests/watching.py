@@ -46,7 +46,8 @@ class Page(Visitor):
     def _read(self) -> None:
         with (
             suppress(httpx.TransportError),  # how it ends
-            httpx.stream("GET", self.base_url.join("/events"), timeout=10) as response,
+            # Longer than the demo's heartbeat, or an idle page would be taken for a closed one.
+            httpx.stream("GET", self.base_url.join("/events"), timeout=60) as response,
         ):
             stream = response.extensions["network_stream"]
             self._connection = stream.get_extra_info("socket")

@@ -53,7 +53,7 @@ async def test_a_slow_set_up_is_logged(project, serve, monkeypatch, caplog):
         await site.get("/report")
     [line] = [record.getMessage() for record in caplog.records if record.name == "resources"]
     [documented] = pages.blocks(pages.DOCS / "signals.md", "Signals", "text")
-    pattern = re.compile(r"^(\S+\.report) \((\S+\.py:\d+)\) (took \d\.\d s .*), (in the .*)$")
+    pattern = re.compile(r"^(\S+\.report) \((.+\.py:\d+)\) (took \d\.\d s .*), (in the .*)$")
     assert pattern.match(line).groups()[3] == pattern.match(documented.strip()).groups()[3]
 
 
