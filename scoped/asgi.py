@@ -19,6 +19,7 @@ from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefi
 from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, reset_queries
+from django.dispatch import Signal
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
@@ -96,6 +97,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
         with closing(body_file):
             exchange = _Exchange(self, scope, body_file, send)
             await exchange.supervise(receive)
+
+    def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
+        """The sync and the async ones that this handler's requests call."""
+        return live_receivers(signal, type(self))
 
 
 connect_handler(ScopedASGIHandler)
@@ -217,7 +222,7 @@ class _Exchange:
 
     async def start(self) -> None:
         sender, named = type(self.handler), {"scope": self.scope}
-        sync_receivers, async_receivers = live_receivers(request_started, sender)
+        sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers)
@@ -276,7 +281,7 @@ class _Exchange:
         if self.thread.is_busy if self.thread is not None else gone:
             # A sync view runs on in its thread: do not tear down under it.
             await self.attempt(hop(_nothing))
-        sync_receivers, async_receivers = live_receivers(request_finished, type(self.handler))
+        sync_receivers, async_receivers = self.handler.receivers_of(request_finished)
         if self.response is not None:
             await self.attempt(close_stream(self.response))
             if _closes_itself(self.response):

@@ -7,19 +7,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from threading import Lock
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, cast
 
 from django import test
-from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http.response import HttpResponseBase
 from django.test.client import ClientHandler
 
 from scoped.asgi import Message, ScopedASGIHandler
+from scoped.dispatch import Receiver
 from scoped.handlers import ScopedHandler
 from scoped.inspection import open_scopes, picture
 from scoped.lifespans import lifespan_scope
@@ -174,6 +173,12 @@ class ASGIClientHandler(ScopedASGIHandler):
         self.conversation.request = request
         return request, error_response
 
+    def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
+        # The database connections are the test's own, with its transaction: as with Django's
+        # clients they are left open.
+        sync_receivers, async_receivers = super().receivers_of(signal)
+        return [one for one in sync_receivers if one is not close_old_connections], async_receivers
+
     async def send_response(self, response: HttpResponseBase, send: Any) -> None:
         self.conversation.response = response
         await super().send_response(response, send)
@@ -225,8 +230,7 @@ class _Conversation:
     # The handler's side
 
     async def serve(self, handler: ASGIClientHandler, scope: dict[str, Any]) -> None:
-        with _connections_kept():
-            await handler.handle(scope, self.receive, self.send)
+        await handler.handle(scope, self.receive, self.send)
 
     async def receive(self) -> Message:
         if not self.body_received:
@@ -322,29 +326,3 @@ class _Conversation:
         message = await self.messages.get()
         self.reading = True
         return message
-
-
-_lock = Lock()
-_keeping = 0
-_disconnected: list[Signal] = []
-
-
-@contextmanager
-def _connections_kept() -> Generator[None, None, None]:
-    """
-    Leave the database connections open when a request starts or finishes, as
-    Django's clients do: they are the test's own, with its transaction.
-    """
-    global _keeping
-    with _lock:
-        _keeping += 1
-        if _keeping == 1:
-            signals = (request_started, request_finished)
-            _disconnected.extend(s for s in signals if s.disconnect(close_old_connections))
-    try:
-        yield
-    finally:
-        with _lock:
-            _keeping -= 1
-            while not _keeping and _disconnected:
-                _disconnected.pop().connect(close_old_connections)
