@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import django
 import pytest
+from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
 
 from demo.servers import postgres, redis
 
@@ -43,3 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if impossible:
         config.hook.pytest_deselected(items=impossible)
         items[:] = [item for item in items if item not in impossible]
+
+
+@pytest.fixture(autouse=True)
+def _djangos_receivers_are_left_alone() -> Iterator[None]:
+    """Django's test clients disconnect one for a request, and lose it where that fails."""
+    yield
+    for sent in (request_started, request_finished):
+        if close_old_connections not in sent._live_receivers(None)[0]:  # type: ignore[attr-defined]
+            sent.connect(close_old_connections)
+            pytest.fail("close_old_connections was disconnected: later tests would go without it")

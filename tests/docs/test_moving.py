@@ -5,6 +5,7 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import request_finished, request_started
+from django.db import close_old_connections
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import AsyncClient
 from django.urls import path
@@ -105,6 +106,7 @@ async def test_connected_for_every_sender_djangos_client_fails_on_streams(signal
         signals.connect()
         with pytest.raises(RuntimeError):
             await read()
+        request_finished.connect(close_old_connections)  # the client has lost it on its way
 
 
 async def test_the_resource_in_async_and_in_sync_code(project, serve):
