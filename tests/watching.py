@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ from tests.processes import Demo, Visitor, eventually
 
 Row = dict[str, Any]
 
+SILENT = 5  # seconds, as in the page's script
+
 
 class Page(Visitor):
     """A visitor whose page is open while the ``with`` lasts."""
@@ -21,8 +24,9 @@ class Page(Visitor):
         super().__init__(demo)
         self.rows: dict[str, Row] = {}
         self.gauges: dict[str, dict[str, Any]] = {}
+        self._heard: dict[str, float] = {}
         self.messages: list[str] = []
-        self.before = 0.0  # the time of the newest row that was there already
+        self.before = 0.0
         self._connection: socket.socket | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
 
@@ -41,7 +45,7 @@ class Page(Visitor):
 
     def start_anew(self) -> None:
         """Forget the rows that there are."""
-        self.before = max((row["began"] for row in list(self.rows.values())), default=0)
+        self.before = time.time()  # by the clock that the demo has, too
 
     def _read(self) -> None:
         with (
@@ -65,7 +69,12 @@ class Page(Visitor):
             self.messages.append(data["text"])
             return
         if data.get("gauges"):
+            self._heard[data["process"]] = time.monotonic()
             self.gauges[data["process"]] = data["gauges"]
+        elif "process" in data:
+            self.gauges.pop(data["process"], None)
+        elif "process" in data:
+            self.gauges.pop(data["process"], None)  # its last report
         for row in data["rows"]:
             self.rows[row["id"]] = row
 
@@ -91,9 +100,11 @@ class Page(Visitor):
         return found
 
     def gauge(self, *names: str) -> int:
-        """The sum over all processes."""
+        """The sum over all processes but those that are silent, and so gone."""
         total = 0
-        for gauges in list(self.gauges.values()):
+        for process, gauges in list(self.gauges.items()):
+            if time.monotonic() - self._heard[process] > SILENT:
+                continue
             value: Any = gauges
             for name in names:
                 value = value[name]
