@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from contextlib import suppress
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ class Page(Visitor):
         self.rows: dict[str, Row] = {}
         self.gauges: dict[str, dict[str, Any]] = {}
         self.messages: list[str] = []
-        self.before = 0.0  # the time of the newest row that was there already
+        self.before = 0.0
         self._connection: socket.socket | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
 
@@ -41,7 +42,7 @@ class Page(Visitor):
 
     def start_anew(self) -> None:
         """Forget the rows that there are."""
-        self.before = max((row["began"] for row in list(self.rows.values())), default=0)
+        self.before = time.time()  # by the clock that the demo has, too
 
     def _read(self) -> None:
         with (
@@ -65,6 +66,8 @@ class Page(Visitor):
             return
         if data.get("gauges"):
             self.gauges[data["process"]] = data["gauges"]
+        elif "process" in data:
+            self.gauges.pop(data["process"], None)  # its last report
         for row in data["rows"]:
             self.rows[row["id"]] = row
 
