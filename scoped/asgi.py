@@ -119,6 +119,7 @@ class _Exchange:
         self.listener: asyncio.Task[None] | None = None
         self.response: Any = None  # Django's, of which much is private
         self.cancelled = False
+        self.was_streaming = False  # when it was cancelled
         self.client_gone = False
         self.sent = 0  # messages
         self.sent_last = False  # the response's last message is with the server
@@ -184,6 +185,7 @@ class _Exchange:
     def cancel(self, child: "asyncio.Task[None]") -> None:
         if not self.cancelled and not self.finishing:
             self.cancelled = True
+            self.was_streaming = self.sent > 0
             child.cancel()
 
     # In the child task
@@ -253,6 +255,10 @@ class _Exchange:
     async def forward(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.sent_last = True
+        elif self.client_gone and self.was_streaming:
+            # Its body has swallowed the cancellation, or Python 3.11's wait_for() has: nobody reads
+            # what it sends, and without this it might go on for ever.
+            raise asyncio.CancelledError
         await self.send(message)
         self.sent += 1
         if self.sent % 64 == 0:

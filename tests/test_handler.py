@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -350,6 +351,28 @@ async def test_a_stream_uses_what_the_view_set_up_until_its_last_byte():
 
 
 # Promise 13
+
+
+async def test_a_stream_that_swallows_its_cancellation_ends_when_it_goes_on_to_send():
+    @view
+    async def stubborn(request):
+        async def body():
+            await db()
+            while True:
+                with suppress(asyncio.CancelledError):  # as wait_for() of Python 3.11 may
+                    await asyncio.sleep(0.001)
+                yield b"x"
+
+        return StreamingHttpResponse(body())
+
+    connection = Connection(ScopedASGIHandler(), "/stubborn")
+    task = connection.start()
+    while len(connection.sent) < 3:
+        await asyncio.sleep(0.001)
+    connection.disconnect()
+    async with asyncio.timeout(5):
+        await task
+    assert log == ["db set up", "db saw CancelledError", "db torn down"]
 
 
 async def test_a_task_that_outlives_its_request_is_told_so():
