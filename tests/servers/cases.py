@@ -209,11 +209,13 @@ def bodies(site: Site) -> str | None:
 def stalls(site: Site, name: str) -> bool:
     """Whether the server holds the stream up; else the stream has ended meanwhile."""
     site.wait_for("asked", name)
-    before = -1
-    while (now := site.state()["sent"].get(name, 0)) != before or not now:
-        before = now
+    before, looks = 0, 0
+    while looks < 5:  # one would not do: on a busy machine the server itself may pause
         time.sleep(0.3)
-    return now * 65_536 < FLOOD
+        now = site.state()["sent"].get(name, 0)
+        looks = looks + 1 if now and now == before else 0
+        before = now
+    return before * 65_536 < FLOOD
 
 
 @case(("client does not read 16 MB, and leaves",))
