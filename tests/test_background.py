@@ -6,13 +6,11 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
-from django.urls import path
 
 from scoped import (
     current_scope,
@@ -26,26 +24,12 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.scopes import Scope
 from tests.connection import Connection
+from tests.views import Views
 
 log: list[str] = []
 marker: contextvars.ContextVar[str] = contextvars.ContextVar("marker", default="unset")
-views: dict[str, Any] = {}
-
-
-def view(function: Any) -> Any:
-    views[function.__name__] = function
-    return function
-
-
-async def dispatch(request: HttpRequest, name: str) -> HttpResponse:
-    return await views[name](request)
-
-
-def dispatch_sync(request: HttpRequest, name: str) -> HttpResponse:
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
+view = Views()
+urlpatterns = view.urlpatterns
 
 
 @pytest.fixture(autouse=True)

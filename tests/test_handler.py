@@ -15,7 +15,6 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import request_finished, request_started
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import override_settings
-from django.urls import path
 from django.utils.decorators import sync_only_middleware
 
 from scoped import (
@@ -31,10 +30,11 @@ from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.receivers import close_scope, open_scope
 from scoped.scopes import scope_here
 from tests.connection import Connection
+from tests.views import Views
 
 marker = contextvars.ContextVar("marker", default="unset")
 log: list[str] = []
-views: dict[str, object] = {}
+view = Views()
 
 
 @request_scoped
@@ -56,20 +56,7 @@ async def pool():
     log.append("pool torn down")
 
 
-async def dispatch(request, name):
-    return await views[name](request)
-
-
-def dispatch_sync(request, name):
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
-
-
-def view(function):
-    views[function.__name__] = function
-    return function
+urlpatterns = view.urlpatterns
 
 
 @view

@@ -11,7 +11,6 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import override_settings
-from django.urls import path
 
 from scoped import (
     AsyncResourceError,
@@ -26,9 +25,10 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.scopes import Scope
 from tests.connection import Connection
+from tests.views import Views
 
 log: list[str] = []
-views: dict[str, object] = {}
+view = Views()
 numbers: dict[str, int] = {}
 
 
@@ -80,20 +80,7 @@ async def turns(count=5):
         await asyncio.sleep(0)
 
 
-async def dispatch(request, name):
-    return await views[name](request)
-
-
-def dispatch_sync(request, name):
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
-
-
-def view(function):
-    views[function.__name__] = function
-    return function
+urlpatterns = view.urlpatterns
 
 
 async def get(where, **kwargs):

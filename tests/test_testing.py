@@ -4,14 +4,12 @@ import asyncio
 import gc
 import unittest
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 from unittest import mock
 
 import pytest
 from asgiref.sync import async_to_sync
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import SimpleTestCase, override_settings
-from django.urls import path
 
 from scoped import (
     AsyncResourceError,
@@ -28,25 +26,11 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.testing import AsyncClient, Client, assert_no_leaks, override
 from tests.connection import Connection
+from tests.views import Views
 
 log: list[str] = []
-views: dict[str, Any] = {}
-
-
-def view(function: Any) -> Any:
-    views[function.__name__] = function
-    return function
-
-
-async def dispatch(request: HttpRequest, name: str) -> HttpResponse:
-    return await views[name](request)
-
-
-def dispatch_sync(request: HttpRequest, name: str) -> HttpResponse:
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
+view = Views()
+urlpatterns = view.urlpatterns
 
 
 @pytest.fixture(autouse=True)

@@ -12,30 +12,15 @@ from django.db import close_old_connections, connections, reset_queries
 from django.db.backends.signals import connection_created
 from django.http import HttpResponse
 from django.test import override_settings
-from django.urls import path
 
 from scoped import threads
 from scoped.asgi import ScopedASGIHandler
 from scoped.threads import LentThread, end_idle
 from tests.connection import Connection
+from tests.views import Views
 
-views: dict[str, object] = {}
-
-
-def view(function):
-    views[function.__name__] = function
-    return function
-
-
-async def dispatch(request, name):
-    return await views[name](request)
-
-
-def dispatch_sync(request, name):
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
+view = Views()
+urlpatterns = view.urlpatterns
 
 
 def ours():
@@ -218,7 +203,7 @@ async def test_a_straggler_is_told_and_never_runs_on_another_requests_thread(han
     @view
     async def leaves_a_straggler(request):
         await sync_to_async(threading.get_ident)()
-        views["task"] = asyncio.create_task(straggler())
+        view["task"] = asyncio.create_task(straggler())
         return HttpResponse()
 
     await get(handler, "/leaves_a_straggler")

@@ -22,7 +22,6 @@ from django.http import FileResponse, Http404, HttpResponse, StreamingHttpRespon
 from django.template import engines
 from django.template.response import SimpleTemplateResponse
 from django.test import AsyncClient, Client, override_settings
-from django.urls import path
 from django.utils.decorators import async_only_middleware, sync_only_middleware
 
 from scoped import (
@@ -39,10 +38,11 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.scopes import Scope
 from tests.connection import Connection
+from tests.views import Views
 from tests.wsgi_server import call
 
 log: list[str] = []
-views: dict[str, object] = {}
+view = Views()
 around: list[object] = []  # what the middleware does with the rest
 reached: asyncio.Event
 release: asyncio.Event
@@ -106,20 +106,7 @@ async def lingering():
         await release.wait()
 
 
-async def dispatch(request, name):
-    return await views[name](request)
-
-
-def dispatch_sync(request, name):
-    return views[name](request)
-
-
-urlpatterns = [path("sync/<name>", dispatch_sync), path("<name>", dispatch)]
-
-
-def view(function):
-    views[function.__name__] = function
-    return function
+urlpatterns = view.urlpatterns
 
 
 @async_only_middleware

@@ -41,10 +41,11 @@ from scoped.scopes import current
 from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
+from tests.views import Views
 from tests.wsgi_server import call, environ
 
 log: list[str] = []
-views: dict[str, object] = {}
+view = Views()
 
 
 class logs:  # noqa: N801 (used as a function)
@@ -91,20 +92,7 @@ async def db():
     yield "db"
 
 
-def dispatch(request, name):
-    return views[name](request)
-
-
-async def dispatch_async(request, name):
-    return await views[name](request)
-
-
-urlpatterns = [path("async/<name>", dispatch_async), path("<name>", dispatch)]
-
-
-def view(function):
-    views[function.__name__] = function
-    return function
+urlpatterns = [path("async/<name>", view.dispatch), path("<name>", view.dispatch_sync)]
 
 
 @view
