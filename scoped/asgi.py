@@ -46,7 +46,7 @@ from scoped.receivers import (
 from scoped.requests import RequestScope
 from scoped.scopes import scope_here
 from scoped.threads import LentThread, end_idle
-from scoped.waiting import hop, outlast
+from scoped.waiting import hop, outlast, wake
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -148,7 +148,7 @@ class _Exchange:
                     self.listener = asyncio.create_task(listen)
                     self.listener.add_done_callback(partial(self.heard, child))
                 over = loop.create_future()
-                child.add_done_callback(partial(_wake, over))
+                child.add_done_callback(partial(wake, over))
                 await over
             except asyncio.CancelledError as error:
                 cancellation = error
@@ -366,11 +366,6 @@ class _Exchange:
 
 
 def _nothing() -> None: ...
-
-
-def _wake(over: "asyncio.Future[None]", _: object) -> None:
-    if not over.done():
-        over.set_result(None)
 
 
 # Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a

@@ -38,7 +38,7 @@ def open_scopes() -> list[Scope]:
 
 
 def picture(scope: Scope, now: float) -> OpenScope:
-    parts = (scope,) if scope.response is None else (scope, scope.response)
+    parts = scope.parts
     return OpenScope(
         name=str(scope),
         seconds=now - scope.opened,

@@ -125,7 +125,7 @@ def _users_of(scope: Scope, resource: "Resource[Any]") -> "list[tuple[Scope, Res
         return []
     found: list[tuple[Scope, Resource[Any]]] = []
     gone: set[Resource[Any]] = set()
-    for holder in _with_response(scope):
+    for holder in scope.parts:
         uses = holder.uses or {}
         for one in list(holder.values):  # a user's set-up ends after that of what it uses
             if one is resource or not gone.isdisjoint(uses.get(one, ())):
@@ -134,16 +134,12 @@ def _users_of(scope: Scope, resource: "Resource[Any]") -> "list[tuple[Scope, Res
     return found
 
 
-def _with_response(scope: Scope) -> list[Scope]:
-    return [scope] if scope.response is None else [scope, scope.response]
-
-
 def _check(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
     users = _users_of(scope, resource)
     for holder, user in users:
         _check_place(holder, user, in_loop=in_loop)
     doomed, asker = {user for _, user in users}, asker_here()
-    for holder in _with_response(scope):
+    for holder in scope.parts:
         for set_up in list(holder.pending.values()):
             if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):
                 continue

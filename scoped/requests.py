@@ -12,7 +12,7 @@ from scoped.lifespans import LifespanScope, lifespans
 from scoped.releases import others_released, releasing
 from scoped.scopes import Lifetime, Scope, current, scope_here
 from scoped.setups import SetUp
-from scoped.waiting import run_without_loop, running_loop
+from scoped.waiting import current_task, run_without_loop, running_loop
 
 if TYPE_CHECKING:
     from scoped.resources import Resource
@@ -78,8 +78,7 @@ class RequestScope(Scope):
         served: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
-        running = running_loop()
-        self._open(running, None if running is None else asyncio.current_task(running))
+        self._open(running_loop(), current_task())
         self.sync_only = sync_only
         self.served = served
         if loop is not None:  # that of the sync code which opens it, and owns it no further

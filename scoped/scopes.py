@@ -200,6 +200,11 @@ class Scope:
         """What is current when this one is at work."""
         return self
 
+    @property
+    def parts(self) -> "list[Scope]":
+        """Itself, and what holds the values that live until the response, if there are any."""
+        return [self] if self.response is None else [self, self.response]
+
     def note_failure(self, failure: BaseException) -> None:
         """
         Let the factories see at their ``yield`` that the work has failed, though nothing

@@ -29,7 +29,6 @@ class SetUp:
     loop: ClassVar[None] = None
     thread: ClassVar[int] = 0
     lifespan: ClassVar[None] = None
-    response: ClassVar[None] = None
     values: ClassVar[Mapping["Resource[Any]", Any]] = {}
 
     def __init__(

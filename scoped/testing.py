@@ -40,26 +40,13 @@ class AsyncClient(test.AsyncClient):
     holds it: what is declared with ``eager=True`` is set up, and what is
     lifespan-scoped lives until the end. Otherwise it lives until the event loop ends.
 
-    ``async_client_class = AsyncClient`` gives it to Django's ``TestCase`` classes.
+    Takes what Django's takes. ``async_client_class = AsyncClient`` gives it to Django's
+    ``TestCase`` classes.
     """
 
-    def __init__(
-        self,
-        enforce_csrf_checks: bool = False,
-        raise_request_exception: bool = True,
-        *,
-        headers: Mapping[str, str] | None = None,
-        query_params: Mapping[str, Any] | None = None,
-        **defaults: Any,
-    ) -> None:
-        super().__init__(
-            enforce_csrf_checks,
-            raise_request_exception,
-            headers=headers,
-            query_params=query_params,
-            **defaults,
-        )
-        self.handler: Any = AsyncClientHandler(enforce_csrf_checks)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.handler: Any = AsyncClientHandler(self.handler.enforce_csrf_checks)
         self._lifespan: lifespan_scope | None = None
 
     async def __aenter__(self) -> Self:
@@ -86,27 +73,13 @@ class Client(test.Client):
     In ``with Client() as client:`` the lifespan is held open; otherwise what is
     lifespan-scoped lives as long as the request.
 
-    ``client_class = Client`` gives it to Django's ``TestCase`` classes.
+    Takes what Django's takes. ``client_class = Client`` gives it to Django's ``TestCase`` classes.
     """
 
-    def __init__(
-        self,
-        enforce_csrf_checks: bool = False,
-        raise_request_exception: bool = True,
-        *,
-        headers: Mapping[str, str] | None = None,
-        query_params: Mapping[str, Any] | None = None,
-        **defaults: Any,
-    ) -> None:
-        super().__init__(
-            enforce_csrf_checks,
-            raise_request_exception,
-            headers=headers,
-            query_params=query_params,
-            **defaults,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         connect()
-        self.handler: Any = WSGIClientHandler(enforce_csrf_checks)
+        self.handler: Any = WSGIClientHandler(self.handler.enforce_csrf_checks)
         self._lifespan: lifespan_scope | None = None
 
     def __enter__(self) -> Self:

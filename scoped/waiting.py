@@ -7,7 +7,7 @@ from typing import Any
 
 from asgiref.sync import AsyncToSync, sync_to_async
 
-__all__ = ["current_task", "hop", "outlast", "run_without_loop", "running_loop", "set_done"]
+__all__ = ["current_task", "hop", "outlast", "run_without_loop", "running_loop", "set_done", "wake"]
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -37,22 +37,23 @@ async def outlast(
         while not future.done() and not time_is_up.done():
             # Not asyncio.wait(), which is several times as slow.
             woken = loop.create_future()
-            wake = partial(_wake, woken)
-            future.add_done_callback(wake)
-            time_is_up.add_done_callback(wake)
+            callback = partial(wake, woken)
+            future.add_done_callback(callback)
+            time_is_up.add_done_callback(callback)
             try:
                 await woken
             except asyncio.CancelledError as error:
                 cancellation = error
             finally:
-                future.remove_done_callback(wake)
-                time_is_up.remove_done_callback(wake)
+                future.remove_done_callback(callback)
+                time_is_up.remove_done_callback(callback)
     if timer is not None:
         timer.cancel()
     return cancellation
 
 
-def _wake(woken: "asyncio.Future[None]", _: object) -> None:
+def wake(woken: "asyncio.Future[None]", _: object) -> None:
+    """For ``add_done_callback``, with what waits."""
     set_done(woken)
 
 
