@@ -122,3 +122,6 @@ class Visitor(httpx.Client):
 
     def write(self, text: str) -> httpx.Response:
         return self.post("/messages", data={"text": text, "csrfmiddlewaretoken": self.token})
+
+    def click(self, path: str) -> httpx.Response:
+        return self.post(path, headers={"X-CSRFToken": self.token})

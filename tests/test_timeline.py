@@ -53,7 +53,7 @@ def page(open_page: Page) -> Iterator[Page]:
     eventually(open_page.settled)
 
 
-def end(page: Page, path: str) -> httpx.Response | None:
+def end(page: Visitor, path: str) -> httpx.Response | None:
     """Send the request, and leave it or be left by it where that is its ending."""
     try:
         if path.endswith("leave"):

@@ -72,14 +72,9 @@ class Page(Visitor):
             self._heard[data["process"]] = time.monotonic()
             self.gauges[data["process"]] = data["gauges"]
         elif "process" in data:
-            self.gauges.pop(data["process"], None)
-        elif "process" in data:
             self.gauges.pop(data["process"], None)  # its last report
         for row in data["rows"]:
             self.rows[row["id"]] = row
-
-    def click(self, path: str) -> httpx.Response:
-        return self.post(path, headers={"X-CSRFToken": self.token})
 
     def new(self, title: str) -> list[Row]:
         """The rows of this title since the page is open, the oldest first."""
