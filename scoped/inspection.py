@@ -43,5 +43,5 @@ def picture(scope: Scope, now: float) -> OpenScope:
         name=str(scope),
         seconds=now - scope.opened,
         resources=tuple(one.factory.name for part in parts for one in list(part.values)),
-        being_set_up=tuple(one.factory.name for part in parts for one in part.being_set_up()),
+        being_set_up=tuple(one.resource.factory.name for part in parts for one in part.set_ups()),
     )

@@ -201,8 +201,9 @@ class LifespanScope(Scope):
         connection, say, must neither be used from both nor be closed here.
         """
         atexit.unregister(self._close_at_exit)
-        _keep_for_ever((self.values, self.finalizers, self.pending))
-        self.values, self.finalizers, self.pending = {}, {}, {}
+        _keep_for_ever((self.values, self.finalizers, self.others, self.set_ups()))
+        self.values, self.finalizers, self.others = {}, None, None
+        self.pending = self.latched = None
         self._state = "closed"
         self.is_parents = True
 

@@ -140,7 +140,7 @@ def _check(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
         _check_place(holder, user, in_loop=in_loop)
     doomed, asker = {user for _, user in users}, asker_here()
     for holder in scope.parts:
-        for set_up in list(holder.pending.values()):
+        for set_up in holder.set_ups():
             if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):
                 continue
             raise AsyncResourceError(
@@ -152,7 +152,7 @@ def _check(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
 
 
 def _check_place(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
-    finalizer = scope.finalizers.get(resource)
+    finalizer = scope.finalizer_of(resource)
     if finalizer is None:
         return
     if not in_loop and resource.factory.is_async:

@@ -17,13 +17,13 @@ What a request's scope holds while a view asks for ``db``, whose factory asks
 for ``user``::
 
     values               finalizers             pending
-    {}                   {}                     {}            opened
-    {}                   {}                     {db}          db's factory runs
-    {}                   {}                     {db, user}    and asks for user
-    {user: ..}           {user: ..}             {db}          user's factory has yielded
-    {user: .., db: ..}   {user: .., db: ..}     {}            db's factory has yielded
-    {user: ..}           {user: ..}             {}            closing: db is torn down
-    {}                   {}                     {}            closed
+    {}                   None                   None          opened
+    {}                   None                   {db}          db's factory runs
+    {}                   None                   {db, user}    and asks for user
+    {user: ..}           user                   {db}          user's factory has yielded
+    {user: .., db: ..}   db, user               None          db's factory has yielded
+    {user: ..}           user                   None          closing: db is torn down
+    {}                   None                   None          closed
 
 A value enters ``values`` when its set-up is complete, so after everything that
 its factory used; they are taken out again last in, first out.
@@ -38,7 +38,7 @@ from contextvars import Context, ContextVar, copy_context
 from enum import Enum
 from threading import get_ident
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias
 
 from scoped import events
 from scoped.exceptions import (
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from scoped.resources import Resource
 
 __all__ = ["Lifetime", "Scope", "asker_here", "current", "scope_here"]
+
+_Finalizers: TypeAlias = "tuple[Resource[Any], Any, _Finalizers | None]"
 
 logger = logging.getLogger("scoped")
 
@@ -134,10 +136,12 @@ class Scope:
         "failure",
         "finalizers",
         "has_responded",
+        "latched",
         "lifespan",
         "loop",
         "name",
         "opened",
+        "others",
         "owner",
         "pending",
         "releases",
@@ -164,9 +168,14 @@ class Scope:
     def __init__(self, name: str) -> None:
         self.name = name
         self.values: dict[Resource[Any], Any] = {}
-        # Generators to be finished by the owner; keepers; and where else they were started.
-        self.finalizers: dict[Resource[Any], Any] = {}
-        self.pending: dict[Resource[Any], SetUp] = {}
+        # The rest is made when it is needed: a dict is a fifth of what a small scope takes.
+        # Generators that the owner has started: a resource, its generator, and those before.
+        self.finalizers: _Finalizers | None = None
+        # What keepers and other threads are to finish.
+        self.others: dict[Resource[Any], Keeper | Elsewhere] | None = None
+        # Async set-ups under way, which only the event loop's thread changes; and sync ones.
+        self.pending: dict[Resource[Any], SetUp] | None = None
+        self.latched: dict[Resource[Any], SetUp] | None = None
         # What each used that was set up, where it used any; and what is released right now.
         self.uses: dict[Resource[Any], list[Resource[Any]]] | None = None
         self.releases: list[Release] | None = None
@@ -214,8 +223,9 @@ class Scope:
         if self.is_open and self.failure is None:
             self.failure = failure
 
-    def being_set_up(self) -> "list[Resource[Any]]":
-        return list(self.pending)
+    def set_ups(self) -> list[SetUp]:
+        """Those under way."""
+        return [*(self.pending or {}).values(), *(self.latched or {}).values()]
 
     # First use
 
@@ -224,7 +234,7 @@ class Scope:
         if (
             self._state == "open"
             and self.owns_set_ups
-            and resource not in self.pending
+            and (self.pending is None or resource not in self.pending)
             and resource not in self.values
             and self.owner is asyncio.current_task()
         ):
@@ -238,7 +248,7 @@ class Scope:
             self.check_loop(resource)
             if resource in self.values:
                 return self.values[resource]
-            set_up, first = self.pending.get(resource), False
+            set_up, first = (self.pending or {}).get(resource), False
             if set_up is None:
                 if self.owns_set_ups and self.owner is asyncio.current_task():
                     return await self._set_up_here(resource)
@@ -300,7 +310,11 @@ class Scope:
                 set_up.keeper.cancel()  # nobody wants it any more
 
     async def _set_up_here(self, resource: "Resource[Any]") -> Any:
-        set_up = self.pending[resource] = SetUp(resource, self)
+        set_up = SetUp(resource, self)
+        if self.pending is None:
+            self.pending = {resource: set_up}
+        else:
+            self.pending[resource] = set_up
         outer = current.get()
         asker = outer if type(outer) is SetUp and not outer.done else None
         if asker is not None:
@@ -314,9 +328,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                self.finalizers[resource] = generator
+                self.finalizers = resource, generator, self.finalizers
             if set_up.uses is not None:
-                (self.uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._table("uses"))[resource] = set_up.uses
             self.values[resource] = value
         except BaseException as raised:
             error = _explained(resource, raised)
@@ -327,7 +341,11 @@ class Scope:
             current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self.pending[resource]
+            pending = self.pending
+            if len(pending) == 1:
+                self.pending = None
+            else:
+                del pending[resource]
             set_up.done = True
             if set_up.waiters is not None:
                 set_up.settle(error)
@@ -344,11 +362,25 @@ class Scope:
             seconds = perf_counter() - began
             observer.resource_set_up(set_up.resource, self.visible, seconds, error, asked_by)
 
-    def _make_uses(self) -> "dict[Resource[Any], list[Resource[Any]]]":
+    def _begin(self, set_up: SetUp) -> None:
+        if self.pending is None:
+            self.pending = {set_up.resource: set_up}
+        else:
+            self.pending[set_up.resource] = set_up
+
+    def _no_longer(self, resource: "Resource[Any]") -> None:
+        if self.pending is not None:
+            self.pending.pop(resource, None)
+            self.pending = self.pending or None
+
+    def _table(self, name: str) -> "dict[Resource[Any], Any]":
+        """For what is not the event loop's alone: threads may come at the same time."""
         with _lock:
-            if self.uses is None:
-                self.uses = {}
-            return self.uses
+            table: dict[Resource[Any], Any] | None = getattr(self, name)
+            if table is None:
+                table = {}
+                setattr(self, name, table)
+            return table
 
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
         """What is set up only after the scope has begun to close is torn down at once."""
@@ -362,7 +394,7 @@ class Scope:
         raise ScopeClosedError(resource, self, self.closed_hint)
 
     def _hand_to_keeper(self, set_up: SetUp) -> None:
-        self.pending[set_up.resource] = set_up
+        self._begin(set_up)
         context = self._context()
         keeper = context.run(asyncio.create_task, self._keep(set_up))
         if set_up.done:  # an eager task factory has run it to its end
@@ -371,7 +403,7 @@ class Scope:
 
         def forget(_: asyncio.Task[None]) -> None:
             if not set_up.done:  # cancelled before its first step
-                del self.pending[set_up.resource]
+                self._no_longer(set_up.resource)
                 set_up.settle(asyncio.CancelledError())
 
         # Else the Context of the asker, a request's, would live as long as a lifespan's keeper.
@@ -393,9 +425,9 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                keeper = self.finalizers[resource] = Keeper(generator)
+                keeper = self._table("others")[resource] = Keeper(generator)
             if set_up.uses is not None:
-                (self.uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._table("uses"))[resource] = set_up.uses
             self.values[resource] = value
             del value, generator, coming
         except BaseException as raised:
@@ -405,7 +437,7 @@ class Scope:
             return
         finally:
             current.set(self.visible)
-            self.pending.pop(resource, None)
+            self._no_longer(resource)
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, None)
@@ -443,7 +475,7 @@ class Scope:
                         await self._close_abandoned(error, loop_ends=True)
                     self._closer = None
                     # Still there, if somebody else has begun to close: then that one's turn comes.
-                    if resource not in self.finalizers:
+                    if self.others is None or resource not in self.others:
                         break
         return cancellation
 
@@ -476,11 +508,12 @@ class Scope:
             except KeyError:
                 pass
             set_up = SetUp(resource, self, Latch())
-            other = self.pending.setdefault(resource, set_up)
+            latched = self._table("latched") if self.latched is None else self.latched
+            other = latched.setdefault(resource, set_up)
             if other is set_up:
                 if resource not in self.values:  # by a thread that came first, since the look
                     return self._set_up_sync(set_up, asker)
-                del self.pending[resource]
+                del latched[resource]
                 set_up.settle()
             elif (latch := other.latch) is not None:
                 self._wait_for_thread(other, latch, asker)
@@ -528,12 +561,13 @@ class Scope:
                 context.run(current.set, set_up)
                 generator, value = context.run(resource.factory.start)
                 context.run(current.set, self.visible)
-            if generator is not None:
-                self.finalizers[resource] = (
-                    generator if context is None else Elsewhere(generator, context)
-                )
+            if generator is not None and context is None:
+                self.finalizers = resource, generator, self.finalizers
+            elif generator is not None:
+                assert context is not None
+                self._table("others")[resource] = Elsewhere(generator, context)
             if set_up.uses is not None:
-                (self.uses or self._make_uses())[resource] = set_up.uses
+                (self.uses or self._table("uses"))[resource] = set_up.uses
             self.values[resource] = value
             # Looked at after the value is in, for another thread may be closing the scope:
             # either its teardown still finds the value, or this finds the scope closed.
@@ -548,7 +582,8 @@ class Scope:
                 current.set(outer)
             if asker is not None:
                 asker.got(set_up)
-            del self.pending[resource]
+            assert self.latched is not None
+            del self.latched[resource]
             set_up.settle(error)
             if began:
                 self._tell_of_set_up(set_up, began, error, asker)
@@ -558,7 +593,7 @@ class Scope:
     def _take_back(self, resource: "Resource[Any]") -> None:
         if self.values.pop(resource, self) is self:
             return  # the teardown has it
-        finalizer = self.finalizers.pop(resource, None)
+        finalizer = self._take_finalizer(resource)
         if isinstance(finalizer, Elsewhere):
             finalizer.context.run(resource.factory.finish, finalizer.generator, self.failure)
         elif finalizer is not None:
@@ -657,8 +692,10 @@ class Scope:
         Begin to. Returns what is to be awaited for the rest, if that was not all.
         What it raises is added to the problems, a cancellation too: others follow.
         """
-        finalizer = self.finalizers.pop(resource, None)
-        if finalizer is None:
+        finalizers = self.finalizers
+        if finalizers is not None and finalizers[0] is resource:
+            _, finalizer, self.finalizers = finalizers
+        elif (finalizer := self._take_finalizer(resource)) is None:
             return None
         began = 0.0 if events.observer is None else perf_counter()
         try:
@@ -671,6 +708,32 @@ class Scope:
         if began:
             self._torn_down(resource, began, None, problems)
         return None
+
+    def finalizer_of(self, resource: "Resource[Any]") -> Any:
+        """The generator that the owner has started for it, or who else finishes it, if any."""
+        if self.others is not None and resource in self.others:
+            return self.others[resource]
+        link = self.finalizers
+        while link is not None and link[0] is not resource:
+            link = link[2]
+        return None if link is None else link[1]
+
+    def _take_finalizer(self, resource: "Resource[Any]") -> Any:
+        if not resource.factory.is_generator:
+            return None
+        if self.others is not None and resource in self.others:
+            return self.others.pop(resource)
+        later: list[_Finalizers] = []  # as it is released before them
+        link = self.finalizers
+        while link is not None and link[0] is not resource:
+            later.append(link)
+            link = link[2]
+        if link is None:
+            return None
+        self.finalizers = link[2]
+        for one in reversed(later):
+            self.finalizers = one[0], one[1], self.finalizers
+        return link[1]
 
     async def _tear_down_rest(
         self,
@@ -722,7 +785,7 @@ class Scope:
         cancellation = None
         while keepers := [
             set_up.keeper
-            for set_up in list(self.pending.values())  # threads may change it meanwhile
+            for set_up in (self.pending or {}).values()
             if set_up.keeper is not None and not set_up.keeper.done()
         ]:
             for keeper in keepers:

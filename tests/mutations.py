@@ -225,8 +225,8 @@ MUTATIONS = [
         "threads do not wait for each other's set-ups",
         (
             "scopes",
-            "other = self.pending.setdefault(resource, set_up)",
-            "other = self.pending[resource] = set_up",
+            "other = latched.setdefault(resource, set_up)",
+            "other = latched[resource] = set_up",
         ),
     ),
     # Isolation
@@ -380,6 +380,18 @@ MUTATIONS = [
     mutation(
         "a factory cannot release what it has used",
         ("releases", " or set_up.waits_for(asker):", ":"),
+    ),
+    mutation(
+        "a release takes what was set up later out of its teardown's reach",
+        ("scopes", "        for one in reversed(later):\n", "        for one in ():\n"),
+    ),
+    mutation(
+        "what is torn down in a keeper is not taken from its scope",
+        (
+            "scopes",
+            "            return self.others.pop(resource)\n",
+            "            return self.others[resource]\n",
+        ),
     ),
     mutation(
         "a release looks once only",

@@ -22,6 +22,7 @@ from scoped import lifespan_scope, lifespan_scoped, request_scope, request_scope
 from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
 from tests.lockstep import observe, tick
+from tests.tables import what_is_kept
 
 # Seconds after which one run, of some milliseconds, is taken to hang.
 DEADLINE = 10
@@ -410,10 +411,6 @@ async def test_a_whole_scope_ends_well(kind: str, is_held: bool) -> None:
     while await attack_scope(Attack(kind, at), is_held):
         at += 1
     assert at > 20
-
-
-def what_is_kept(scope: Any) -> Any:
-    return scope.values or scope.pending or scope.finalizers
 
 
 async def attack_scope(attack: Attack, is_held: bool) -> bool:

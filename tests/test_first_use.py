@@ -27,6 +27,7 @@ from scoped import (
     request_scoped,
     scopes,
 )
+from tests.tables import under_way, what_is_kept
 
 
 async def settle() -> None:
@@ -235,9 +236,9 @@ class TestOne:
 
         found: list[object] = []
         with request_scope() as scope:
-            scope.pending = Overtaken()
+            scope.latched = Overtaken()
             assert tenant() is found[1]
-            assert scope.pending == {}
+            assert under_way(scope) == []
         assert log == ["set up"]
 
     def test_threads_that_wait_for_a_sync_resource_get_it_when_it_is_set_up(self) -> None:
@@ -255,7 +256,7 @@ class TestOne:
             first = threads.submit(contextvars.copy_context().run, tenant)
             assert begun.wait(5)
             others = [threads.submit(contextvars.copy_context().run, tenant) for _ in range(2)]
-            assert tenant.resource in scope.pending
+            assert under_way(scope) == [tenant.resource]
             go_on.set()
             assert {task.result(5) for task in others} == {first.result(5)}
         assert log == ["set up"]
@@ -409,7 +410,7 @@ class TestWaitersAreInnocent:
             asking.cancel()
             await settle()
             assert log == ["cancelled"]
-            assert scope.pending == {}
+            assert under_way(scope) == []
             assert other_tasks() == set()
         assert pool.free.qsize() == pool.size
 
@@ -435,7 +436,7 @@ class TestWaitersAreInnocent:
             with pytest.raises(asyncio.CancelledError):
                 await asking
             assert await asyncio.create_task(db()) == "db"
-            assert scope.pending == {}
+            assert under_way(scope) == []
         assert log == ["begun", "begun", "set up", "torn down"]
 
     async def test_a_keeper_is_cancelled_before_its_first_step(self) -> None:
@@ -449,9 +450,9 @@ class TestWaitersAreInnocent:
         async with request_scope() as scope:
             asking = [asyncio.create_task(db()) for _ in range(2)]
             await asyncio.sleep(0)  # they have asked, and the keeper's turn comes after ours
-            assert len(scope.pending) == 1
+            assert under_way(scope) == [db.resource]
         assert log == []
-        assert scope.pending == {}
+        assert under_way(scope) == []
         for task in asking:
             with pytest.raises(ScopeClosedError):
                 await task
@@ -510,7 +511,7 @@ class TestWaitersAreInnocent:
             errors = await asyncio.gather(*waiting, return_exceptions=True)
             assert errors == [failure, failure]
             assert log == ["begun"]
-            assert scope.pending == scope.values == {}
+            assert what_is_kept(scope) == []
             assert await db() == "db"  # the next call tries again
             assert await asyncio.create_task(db()) == "db"
         assert log == ["begun", "begun", "torn down"]
@@ -557,8 +558,9 @@ class TestWaitersAreInnocent:
             context = contextvars.copy_context
             first = threads.submit(context().run, tenant)
             assert begun.wait(5)
-            lock = scope.pending[tenant.resource].latch.lock
-            assert lock is not None
+            (set_up,) = scope.set_ups()
+            assert set_up.latch is not None
+            lock = set_up.latch.lock
             waiting = threading.Event()
 
             class NoticedLock:
@@ -568,7 +570,7 @@ class TestWaitersAreInnocent:
 
                 release = staticmethod(lock.release)
 
-            scope.pending[tenant.resource].latch.lock = NoticedLock()  # type: ignore[assignment]
+            set_up.latch.lock = NoticedLock()  # type: ignore[assignment]
             second = threads.submit(context().run, tenant)
             assert waiting.wait(5)
             go_on.set()
@@ -576,7 +578,7 @@ class TestWaitersAreInnocent:
                 with pytest.raises(ValueError, match="no tenant"):
                     task.result(5)
             assert tenant() == "tenant"
-            assert scope.pending == {}
+            assert under_way(scope) == []
         assert log == ["begun", "begun"]
 
     async def test_a_factory_that_cancels_itself_does_not_make_its_asker_try_for_ever(self) -> None:
@@ -657,7 +659,7 @@ class TestCirclesAreErrors:
                 "three",
             }
             assert caught.value.circle[0] is caught.value.circle[-1]
-            assert scope.pending == scope.values == {}
+            assert what_is_kept(scope) == []
 
     async def test_through_children_that_are_gathered(self) -> None:
         @request_scoped
@@ -769,7 +771,7 @@ class TestCirclesAreErrors:
             with pytest.raises(CircularResourceError) as caught:
                 one()
             assert caught.value.circle == (two.resource, one.resource, two.resource)
-            assert scope.pending == scope.values == {}
+            assert what_is_kept(scope) == []
 
     def test_of_sync_resources_across_threads(self) -> None:
         meeting = threading.Barrier(2)
@@ -1239,9 +1241,7 @@ async def test_cancelled_at_any_await_of_any_task_it_tears_down_what_it_set_up(
         assert torn_down == set_up[::-1], (number, log)
         assert pool.free.qsize() == pool.size, (number, log)
         for scope in scope_of:
-            assert not scope.values
-            assert not scope.pending
-            assert not scope.finalizers
+            assert what_is_kept(scope) == []
         if suspensions <= number:
             break
     else:

@@ -607,7 +607,7 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            keeper = lifespan.finalizers[pool.resource]
+            keeper = lifespan.finalizer_of(pool.resource)
             assert isinstance(keeper, teardown.Keeper)
             keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
             await settle()

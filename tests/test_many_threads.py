@@ -27,6 +27,7 @@ from scoped import (
     waiting,
 )
 from scoped.scopes import Scope
+from tests.tables import what_is_kept
 
 THREADS = 8
 ROUNDS = 60
@@ -115,9 +116,7 @@ def ask(resources: list[Any], number: int) -> object:
 
 
 def assert_nothing_kept(scope: Scope) -> None:
-    assert not scope.values
-    assert not scope.pending
-    assert not scope.finalizers
+    assert what_is_kept(scope) == []
 
 
 def test_a_tree_asked_for_from_all_sides_is_set_up_once_and_torn_down_in_order(

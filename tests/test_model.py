@@ -39,6 +39,7 @@ from scoped.lifespans import LifespanScope
 from scoped.requests import RequestScope
 from scoped.scopes import Scope, current, scope_here
 from tests.lockstep import Hang, Lockstep, observe, tick
+from tests.tables import what_is_kept
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "everyday")
 SETTINGS = settings(
@@ -684,7 +685,7 @@ class Run(logging.Handler):
         for attempt in self.attempts:
             self.check_attempt(attempt)
         for scope in {attempt.scope for attempt in self.attempts}:
-            kept = scope.values or scope.pending or scope.finalizers
+            kept = what_is_kept(scope)
             self.expect(not kept, "kept by", scope, kept)
             held = [
                 attempt

@@ -26,6 +26,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.scopes import Scope
+from tests.tables import what_is_kept
 
 
 async def settle() -> None:
@@ -658,7 +659,7 @@ class TestAllOfIt:
         with pytest.raises(ScopeClosedError):
             await stray
         assert log == ["tenant"]
-        assert scope.values == scope.pending == scope.finalizers == {}
+        assert what_is_kept(scope) == []
 
 
 CURRENT: ContextVar[str] = ContextVar("CURRENT", default="unset")
@@ -1146,7 +1147,7 @@ class TestNothingIsKept:
             await settle()
         gc.collect()
         assert [reference() for reference in gone] == [None] * 3
-        assert scope.values == scope.finalizers == scope.pending == {}
+        assert what_is_kept(scope) == []
         stray.cancel()
 
     @WHERE
