@@ -24,10 +24,11 @@ _tasks: set[asyncio.Task[None]] = set()
 
 
 class _BackgroundScope(RequestScope):
-    __slots__ = ()
+    __slots__ = ("served",)
 
     def open_beside(self, around: Scope | None) -> None:
-        self.open(served=around is not None and around.served)
+        self.open()
+        self.served = around is not None and around.served
         self._previous = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":

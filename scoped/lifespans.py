@@ -151,7 +151,7 @@ class LifespanScope(Scope):
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def _close_later(self) -> None:
-        self._closer = asyncio.create_task(self._close_abandoned(None))
+        self.owner = asyncio.create_task(self._close_abandoned(None))
 
     def stay(self) -> None:
         """

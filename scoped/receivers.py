@@ -21,7 +21,7 @@ from django.db import close_old_connections
 from django.dispatch import Signal
 
 from scoped.exceptions import TeardownError
-from scoped.requests import RequestScope
+from scoped.requests import RequestScope, ServedScope
 from scoped.scopes import scope_here
 from scoped.threads import tidiers
 from scoped.waiting import run_without_loop
@@ -51,7 +51,14 @@ class _ForeignScope(RequestScope):
 
     __slots__ = ("opener",)
 
-    opener: object
+    def __init__(self, name: str, opener: Any) -> None:
+        super().__init__(name)
+        self.opener = opener
+
+    @property
+    def served(self) -> bool:  # type: ignore[override]
+        """Not where it is a test client's: then more requests need not be expected."""
+        return not self.opener.__module__.startswith(("django.test.", "scoped.testing"))
 
     @property
     def tells_of_response(self) -> bool:
@@ -89,7 +96,7 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
 
 async def open_scope(*, scope: dict[str, Any], **kwargs: Any) -> None:
     # Always a fresh one: servers carry the Context of one request into the next.
-    RequestScope(_name(scope["method"], scope["path"])).open(served=True)
+    ServedScope(_name(scope["method"], scope["path"])).open()
 
 
 async def close_scope(**kwargs: Any) -> None:
@@ -133,22 +140,13 @@ def open_foreign(
         return
     if environ is not None:
         name = _name(environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/")
-        request_scope = _ForeignScope(name).open(sync_only=True, served=_is_server(sender))
+        _ForeignScope(name, sender).open(sync_only=True)
     elif scope is not None and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
         name = _name(scope["method"], scope["path"])
-        request_scope = _ForeignScope(name)
         # This runs in a thread for sync code, and the view in that thread's event loop.
         loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
-        request_scope.open(served=_is_server(sender), loop=loop)
-    else:
-        return
-    request_scope.opener = sender
-
-
-def _is_server(sender: Any) -> bool:
-    """Whether more requests are to be expected: a server's handler, not a test client's."""
-    return not sender.__module__.startswith(("django.test.", "scoped.testing"))
+        _ForeignScope(name, sender).open(loop=loop)
 
 
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:

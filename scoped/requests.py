@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RequestScope",
     "ResponseScope",
+    "ServedScope",
     "current_scope",
     "request_scope",
     "scope_for",
@@ -75,12 +76,10 @@ class RequestScope(Scope):
         self,
         *,
         sync_only: bool = False,
-        served: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
         self._open(running_loop(), current_task())
         self.sync_only = sync_only
-        self.served = served
         if loop is not None:  # that of the sync code which opens it, and owns it no further
             self.loop, self.owner, self.thread = loop, None, 0
         self._find_lifespan()
@@ -157,6 +156,14 @@ class RequestScope(Scope):
             run_without_loop(self._end(exc))
         finally:
             self.leave()
+
+
+class ServedScope(RequestScope):
+    """That of a request to a server."""
+
+    __slots__ = ()
+
+    served = True
 
 
 class ResponseScope(Scope):

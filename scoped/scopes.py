@@ -130,7 +130,6 @@ class Scope:
 
     __slots__ = (
         "__weakref__",
-        "_closer",
         "_previous",
         "_state",
         "failure",
@@ -147,7 +146,6 @@ class Scope:
         "releases",
         "request",
         "response",
-        "served",
         "sync_only",
         "thread",
         "uses",
@@ -156,6 +154,7 @@ class Scope:
 
     lifetime: ClassVar[Lifetime]
     owns_set_ups: ClassVar[bool] = False  # whether its owner runs factories inline
+    served: bool = False  # opened by a server's handler, so not the last of its process
     # What to do for whom it closes too early.
     closed_hint: ClassVar[str] = ""
     # Seconds that one resource's teardown may take before it is cancelled.
@@ -182,13 +181,11 @@ class Scope:
         self._state = "new"
         self._previous: Scope | SetUp | None = None
         self.sync_only = False
-        self._closer: asyncio.Task[None] | None = None
         self.failure: BaseException | None = None  # what ended it, for factories to see
         self.lifespan: LifespanScope | None = None
         self.response: Scope | None = None  # holds what lives until the response
         self.has_responded = False
         self.request: Any = None  # Django's, where there is one
-        self.served = False  # opened by a server's handler, so not the last of its process
         self.loop: asyncio.AbstractEventLoop | None = None
         self.owner: asyncio.Task[Any] | None = None
         self.opened = 0.0  # by perf_counter(), in seconds
@@ -468,12 +465,10 @@ class Scope:
             except asyncio.CancelledError as error:
                 cancellation = error
                 keeper.task.uncancel()
-                nobody_else = self.owner is None or self.owner.done()
-                if self.is_open and self._closer is None and nobody_else:
-                    self._closer = keeper.task
+                if self.is_open and (self.owner is None or self.owner.done()):
+                    self.owner = keeper.task
                     with suppress(asyncio.CancelledError):
                         await self._close_abandoned(error, loop_ends=True)
-                    self._closer = None
                     # Still there, if somebody else has begun to close: then that one's turn comes.
                     if self.others is None or resource not in self.others:
                         break
@@ -770,7 +765,7 @@ class Scope:
         self._state = "closed"
         if (observer := events.observer) is not None and self.visible is self:
             observer.scope_closed(self, perf_counter() - self.opened, failure)
-        self.failure = self.owner = self._closer = self.uses = self.request = self.response = None
+        self.failure = self.owner = self.uses = self.request = self.response = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.

@@ -178,7 +178,7 @@ MUTATIONS = [
         "a closed scope keeps what ended it",
         (
             "scopes",
-            "self.failure = self.owner = self._closer = self.uses",
+            "self.failure = self.owner = self.uses",
             "self.uses",
         ),
     ),
@@ -234,9 +234,9 @@ MUTATIONS = [
         "a request takes over the open scope around it",
         (
             "receivers",
-            '    RequestScope(_name(scope["method"], scope["path"])).open(served=True)\n',
+            '    ServedScope(_name(scope["method"], scope["path"])).open()\n',
             "    if current.get() is None:\n"
-            '        RequestScope(_name(scope["method"], scope["path"])).open(served=True)\n',
+            '        ServedScope(_name(scope["method"], scope["path"])).open()\n',
         ),
     ),
     mutation(

@@ -25,7 +25,7 @@ from scoped import (
     teardown,
 )
 from scoped.lifespans import LifespanScope
-from scoped.requests import RequestScope
+from scoped.requests import RequestScope, ServedScope
 
 MARK: ContextVar[str] = ContextVar("MARK", default="unset")
 
@@ -519,7 +519,7 @@ class TestShutdown:
                 log.append("pool")
 
         async def request() -> object:
-            scope = RequestScope("the request GET /").open(served=True)
+            scope = ServedScope("the request GET /").open()
             found = await pool()
             await scope.close()
             scope.leave()
@@ -541,7 +541,7 @@ class TestShutdown:
                 log.append("settings")
 
         async def request() -> object:
-            scope = RequestScope("the request GET /").open(served=True)
+            scope = ServedScope("the request GET /").open()
             found = await sync_to_async(settings)()
             await scope.close()
             scope.leave()
