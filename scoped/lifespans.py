@@ -201,9 +201,8 @@ class LifespanScope(Scope):
         connection, say, must neither be used from both nor be closed here.
         """
         atexit.unregister(self._close_at_exit)
-        _keep_for_ever((self.values, self.finalizers, self.others, self.set_ups()))
-        self.values, self.finalizers, self.others = {}, None, None
-        self.pending = self.latched = None
+        _keep_for_ever((self.values, self.others, self.set_ups()))
+        self.values, self.others, self.pending, self.latched = {}, None, None, None
         self._state = "closed"
         self.is_parents = True
 

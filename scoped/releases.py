@@ -152,9 +152,9 @@ def _check(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
 
 
 def _check_place(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
-    finalizer = scope.finalizer_of(resource)
-    if finalizer is None:
+    if not resource.factory.is_generator:
         return
+    other = (scope.others or {}).get(resource)
     if not in_loop and resource.factory.is_async:
         raise AsyncResourceError(
             resource,
@@ -162,9 +162,9 @@ def _check_place(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> N
             "it is async, and uses what sync code is about to release",
             "Release it first, with `await ....release()`.",
         )
-    if isinstance(finalizer, Elsewhere):
-        here = in_loop or finalizer.thread == get_ident()
-    elif isinstance(finalizer, Keeper):
+    if isinstance(other, Elsewhere):
+        here = in_loop or other.thread == get_ident()
+    elif isinstance(other, Keeper):
         here = True
     else:
         here = scope.thread == get_ident() and scope.owner is current_task()

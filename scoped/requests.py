@@ -130,7 +130,7 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         held = self.values or self.pending or self.releases or self.response or self.lifespan
-        if not held and self.is_open:
+        if not held and self._state == "open":
             self._let_go(exc)
             self.leave()
             return

@@ -16,7 +16,7 @@ Who runs a factory
 What a request's scope holds while a view asks for ``db``, whose factory asks
 for ``user``::
 
-    values               finalizers             pending
+    values               generators             pending
     {}                   None                   None          opened
     {}                   None                   {db}          db's factory runs
     {}                   None                   {db, user}    and asks for user
@@ -49,7 +49,7 @@ from scoped.exceptions import (
     TeardownError,
 )
 from scoped.setups import Latch, SetUp
-from scoped.teardown import Elsewhere, Keeper, finish
+from scoped.teardown import Elsewhere, Keeper, finish, finish_elsewhere
 from scoped.waiting import current_task, outlast, running_loop
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lifetime", "Scope", "asker_here", "current", "scope_here"]
 
-_Finalizers: TypeAlias = "tuple[Resource[Any], Any, _Finalizers | None]"
+_Generators: TypeAlias = "tuple[Resource[Any], Any, _Generators | None]"
 
 logger = logging.getLogger("scoped")
 
@@ -133,7 +133,7 @@ class Scope:
         "_previous",
         "_state",
         "failure",
-        "finalizers",
+        "generators",
         "has_responded",
         "latched",
         "lifespan",
@@ -169,7 +169,7 @@ class Scope:
         self.values: dict[Resource[Any], Any] = {}
         # The rest is made when it is needed: a dict is a fifth of what a small scope takes.
         # Generators that the owner has started: a resource, its generator, and those before.
-        self.finalizers: _Finalizers | None = None
+        self.generators: _Generators | None = None
         # What keepers and other threads are to finish.
         self.others: dict[Resource[Any], Keeper | Elsewhere] | None = None
         # Async set-ups under way, which only the event loop's thread changes; and sync ones.
@@ -325,7 +325,7 @@ class Scope:
             if self._state != "open":
                 await self._refuse(resource, generator)
             if generator is not None:
-                self.finalizers = resource, generator, self.finalizers
+                self.generators = resource, generator, self.generators
             if set_up.uses is not None:
                 (self.uses or self._table("uses"))[resource] = set_up.uses
             self.values[resource] = value
@@ -557,7 +557,7 @@ class Scope:
                 generator, value = context.run(resource.factory.start)
                 context.run(current.set, self.visible)
             if generator is not None and context is None:
-                self.finalizers = resource, generator, self.finalizers
+                self.generators = resource, generator, self.generators
             elif generator is not None:
                 assert context is not None
                 self._table("others")[resource] = Elsewhere(generator, context)
@@ -588,11 +588,11 @@ class Scope:
     def _take_back(self, resource: "Resource[Any]") -> None:
         if self.values.pop(resource, self) is self:
             return  # the teardown has it
-        finalizer = self._take_finalizer(resource)
-        if isinstance(finalizer, Elsewhere):
-            finalizer.context.run(resource.factory.finish, finalizer.generator, self.failure)
-        elif finalizer is not None:
-            resource.factory.finish(finalizer, self.failure)
+        other = (self.others or {}).pop(resource, None)
+        if isinstance(other, Elsewhere):
+            other.context.run(resource.factory.finish, other.generator, self.failure)
+        elif resource.factory.is_generator:
+            resource.factory.finish(self._take_generator(resource), self.failure)
 
     # Opening and closing
 
@@ -687,14 +687,18 @@ class Scope:
         Begin to. Returns what is to be awaited for the rest, if that was not all.
         What it raises is added to the problems, a cancellation too: others follow.
         """
-        finalizers = self.finalizers
-        if finalizers is not None and finalizers[0] is resource:
-            _, finalizer, self.finalizers = finalizers
-        elif (finalizer := self._take_finalizer(resource)) is None:
-            return None
         began = 0.0 if events.observer is None else perf_counter()
+        generators = self.generators
         try:
-            rest = finish(resource, self, finalizer, failure)
+            if generators is not None and generators[0] is resource:
+                self.generators = generators[2]
+                rest = finish(resource, self, generators[1], failure)
+            elif self.others is not None and resource in self.others:
+                rest = finish_elsewhere(resource, self, self.others.pop(resource), failure)
+            elif resource.factory.is_generator:
+                rest = finish(resource, self, self._take_generator(resource), failure)
+            else:
+                return None
         except BaseException as error:
             self._torn_down(resource, began, error, problems)
             return None
@@ -704,30 +708,17 @@ class Scope:
             self._torn_down(resource, began, None, problems)
         return None
 
-    def finalizer_of(self, resource: "Resource[Any]") -> Any:
-        """The generator that the owner has started for it, or who else finishes it, if any."""
-        if self.others is not None and resource in self.others:
-            return self.others[resource]
-        link = self.finalizers
-        while link is not None and link[0] is not resource:
-            link = link[2]
-        return None if link is None else link[1]
-
-    def _take_finalizer(self, resource: "Resource[Any]") -> Any:
-        if not resource.factory.is_generator:
-            return None
-        if self.others is not None and resource in self.others:
-            return self.others.pop(resource)
-        later: list[_Finalizers] = []  # as it is released before them
-        link = self.finalizers
-        while link is not None and link[0] is not resource:
+    def _take_generator(self, resource: "Resource[Any]") -> Any:
+        later: list[_Generators] = []  # set up after it, and yet it goes first: it is released
+        link = self.generators
+        assert link is not None
+        while link[0] is not resource:
             later.append(link)
             link = link[2]
-        if link is None:
-            return None
-        self.finalizers = link[2]
+            assert link is not None
+        self.generators = link[2]
         for one in reversed(later):
-            self.finalizers = one[0], one[1], self.finalizers
+            self.generators = one[0], one[1], self.generators
         return link[1]
 
     async def _tear_down_rest(

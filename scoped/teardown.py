@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scoped.resources import Resource
     from scoped.scopes import Scope
 
-__all__ = ["Elsewhere", "Keeper", "finish", "finish_in_time"]
+__all__ = ["Elsewhere", "Keeper", "finish", "finish_elsewhere", "finish_in_time"]
 
 logger = logging.getLogger("scoped")
 
@@ -47,18 +47,26 @@ class Elsewhere:
 
 
 def finish(
-    resource: "Resource[Any]", scope: "Scope", finalizer: Any, failure: BaseException | None
+    resource: "Resource[Any]", scope: "Scope", generator: Any, failure: BaseException | None
 ) -> Coroutine[Any, Any, None] | None:
     """
-    Begin to tear it down. The finalizer is a Keeper, an Elsewhere, or a generator that the
-    caller has started. Returns what is to be awaited for the rest, if that was not all.
+    Begin to tear it down, where its generator was started. Returns what is to be awaited
+    for the rest, if that was not all.
     """
-    if isinstance(finalizer, Keeper):
-        return _finish_in_keeper(resource, scope, finalizer, failure)
-    if isinstance(finalizer, Elsewhere):
-        return _finish_elsewhere(resource, scope, finalizer, failure)
-    rest = resource.factory.finish(finalizer, failure)
+    rest = resource.factory.finish(generator, failure)
     return None if rest is None else finish_in_time(rest, resource, scope)
+
+
+def finish_elsewhere(
+    resource: "Resource[Any]",
+    scope: "Scope",
+    place: "Keeper | Elsewhere",
+    failure: BaseException | None,
+) -> Coroutine[Any, Any, None]:
+    """Tear it down where its generator was started, if that is not here."""
+    if isinstance(place, Keeper):
+        return _finish_in_keeper(resource, scope, place, failure)
+    return _finish_in_thread(resource, scope, place, failure)
 
 
 async def _finish_in_keeper(
@@ -77,7 +85,7 @@ async def _finish_in_keeper(
     await _finish_in_task(resource, scope, keeper.task)
 
 
-async def _finish_elsewhere(
+async def _finish_in_thread(
     resource: "Resource[Any]", scope: "Scope", elsewhere: Elsewhere, failure: BaseException | None
 ) -> None:
     def finish_there() -> None:

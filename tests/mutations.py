@@ -389,8 +389,8 @@ MUTATIONS = [
         "what is torn down in a keeper is not taken from its scope",
         (
             "scopes",
-            "            return self.others.pop(resource)\n",
-            "            return self.others[resource]\n",
+            "finish_elsewhere(resource, self, self.others.pop(resource), failure)",
+            "finish_elsewhere(resource, self, self.others[resource], failure)",
         ),
     ),
     mutation(

@@ -9,7 +9,7 @@ __all__ = ["under_way", "what_is_kept"]
 
 def what_is_kept(scope: Scope) -> list[Any]:
     """Its values, what there is to tear down, and its set-ups under way."""
-    tables: list[Any] = [scope.values, scope.finalizers, scope.others]
+    tables: list[Any] = [scope.values, scope.generators, scope.others]
     return [table for table in tables if table] + under_way(scope)
 
 

@@ -607,7 +607,8 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            keeper = lifespan.finalizer_of(pool.resource)
+            assert lifespan.others is not None
+            keeper = lifespan.others[pool.resource]
             assert isinstance(keeper, teardown.Keeper)
             keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
             await settle()
