@@ -52,6 +52,9 @@ class LifespanScope(Scope):
         base.run(self._open, running_loop(), current_task())
         self._previous = None  # nobody leaves it: its Context is its own
 
+    def tell_of_opening(self) -> None:
+        self._base.run(super().tell_of_opening)
+
     @classmethod
     def implied_by(cls, request: Scope) -> Self:
         self = cls(Context())
@@ -62,13 +65,16 @@ class LifespanScope(Scope):
     @classmethod
     def hold(cls) -> Self:
         """The lifespan of the running event loop, or of sync code, opened now if need be."""
-        loop = running_loop()
+        loop, is_new = running_loop(), False
         with _lock:
             self = lifespans.get(loop)
             if self is None or not self.is_open:
-                self = lifespans[loop] = cls(copy_context())
+                self, is_new = cls(copy_context()), True
                 self.sync_only = loop is None
+                lifespans[loop] = self
             self._holders += 1
+        if is_new:  # not under the lock, which requests need that are opened then
+            self.tell_of_opening()
         return self  # type: ignore[return-value]
 
     async def drop(self, failure: BaseException | None = None) -> None:

@@ -7,6 +7,7 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from scoped import events
 from scoped.exceptions import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
 from scoped.lifespans import LifespanScope, lifespans
 from scoped.releases import others_released, releasing
@@ -83,6 +84,7 @@ class RequestScope(Scope):
         if loop is not None:  # that of the sync code which opens it, and owns it no further
             self.loop, self.owner, self.thread = loop, None, 0
         self._find_lifespan()
+        self.tell_of_opening()
         return self
 
     def _find_lifespan(self) -> None:
@@ -105,8 +107,10 @@ class RequestScope(Scope):
             lifespan = lifespans.setdefault(self.loop, new)
             if lifespan.join(self):
                 self.lifespan = lifespan
-                if lifespan is new and self.served:
-                    lifespan.stay()
+                if lifespan is new:
+                    if self.served:
+                        lifespan.stay()
+                    lifespan.tell_of_opening()
             elif lifespans.get(self.loop) is lifespan:  # the server shuts down
                 raise ScopeClosedError(resource, lifespan)
         return self.lifespan
@@ -121,6 +125,8 @@ class RequestScope(Scope):
         self._open(task.get_loop(), task)
         if lifespans:
             self._find_lifespan()
+        if events.observer is not None:
+            self.tell_of_opening()
         return self
 
     async def __aexit__(

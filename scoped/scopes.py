@@ -611,6 +611,9 @@ class Scope:
         if previous is not None and previous.is_open:
             self._previous = previous
         current.set(self)
+
+    def tell_of_opening(self) -> None:
+        """Once all is in place: whoever hears of it may use it."""
         if (observer := events.observer) is not None:
             observer.scope_opened(self)
 

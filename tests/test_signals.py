@@ -24,6 +24,7 @@ from scoped import (
     signals,
 )
 from scoped.asgi import ScopedASGIHandler
+from scoped.lifespans import LifespanScope
 from scoped.scopes import Scope
 from tests.connection import Connection
 
@@ -98,6 +99,48 @@ async def user() -> str:
 @request_scoped
 def tenant() -> Iterator[str]:
     yield "tenant"
+
+
+@pytest.mark.parametrize("held_by", ["async code", "sync code", "a request"])
+def test_who_hears_that_a_lifespan_opens_may_open_a_request_in_it(held_by: str) -> None:
+    log: list[object] = []
+
+    @lifespan_scoped
+    def settings() -> Iterator[str]:
+        log.append("set up")
+        yield "settings"
+        log.append("torn down")
+
+    def hear(scope: Scope, **kwargs: Any) -> None:
+        log.append(str(scope))
+        if isinstance(scope, LifespanScope):
+            with request_scope():
+                log.append(settings())
+
+    async def hold() -> None:
+        async with lifespan_scope(), request_scope():
+            log.append(settings())
+
+    async def imply() -> None:
+        async with request_scope():
+            log.append(settings())
+
+    signals.scope_opened.connect(hear)
+    try:
+        if held_by == "sync code":
+            with lifespan_scope(), request_scope():
+                log.append(settings())
+        else:
+            asyncio.run(hold() if held_by == "async code" else imply())
+    finally:
+        signals.scope_opened.disconnect(hear)
+    request = ["the request scope"]
+    assert log == [
+        *(request if held_by == "a request" else []),
+        *("the lifespan", "the request scope", "set up", "settings"),
+        *([] if held_by == "a request" else request),
+        *("settings", "torn down"),
+    ]
 
 
 async def test_they_tell_who_asked_for_what_and_the_order_of_it_all(listener: Listener) -> None:
