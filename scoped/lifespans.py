@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import logging
 import os
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -15,7 +14,14 @@ from typing import Any, Self
 
 from scoped.scopes import Lifetime, Scope, current
 from scoped.setups import SetUp
-from scoped.waiting import current_task, outlast, run_without_loop, running_loop, set_done
+from scoped.waiting import (
+    ForkSafeLock,
+    current_task,
+    outlast,
+    run_without_loop,
+    running_loop,
+    set_done,
+)
 
 __all__ = ["LifespanScope", "eager", "lifespan_scope", "lifespans"]
 
@@ -25,7 +31,7 @@ logger = logging.getLogger("scoped")
 lifespans: dict[asyncio.AbstractEventLoop | None, "LifespanScope"] = {}
 
 # Held while it is decided whether a lifespan is still in use.
-_lock = threading.Lock()
+_lock = ForkSafeLock()
 
 # What the decorators made of those that are set up as soon as a lifespan opens.
 eager: list[Any] = []
@@ -229,8 +235,6 @@ def _keep_for_ever(thing: object) -> None:
 
 
 def _forked() -> None:
-    global _lock
-    _lock = threading.Lock()  # another thread may have held it, which is not here
     for lifespan in lifespans.values():
         lifespan.leave_to_parent()
     lifespans.clear()

@@ -49,16 +49,13 @@ _closing: set[asyncio.Task[None]] = set()
 class _ForeignScope(RequestScope):
     """Opened for another handler than ours; no other handler's signal may close it."""
 
-    __slots__ = ("opener",)
+    __slots__ = ("opener", "served")
 
     def __init__(self, name: str, opener: Any) -> None:
         super().__init__(name)
         self.opener = opener
-
-    @property
-    def served(self) -> bool:  # type: ignore[override]
-        """Not where it is a test client's: then more requests need not be expected."""
-        return not self.opener.__module__.startswith(("django.test.", "scoped.testing"))
+        # After a test client's request no more need be expected.
+        self.served = not opener.__module__.startswith(("django.test.", "scoped.testing"))
 
     @property
     def tells_of_response(self) -> bool:
@@ -67,7 +64,12 @@ class _ForeignScope(RequestScope):
     @property
     def can_close_without_loop(self) -> bool:
         return self.sync_only or not (
-            self.values or self.pending or self.releases or self.lifespan or self.response
+            self.values
+            or self.pending
+            or self.latched
+            or self.releases
+            or self.lifespan
+            or self.response
         )
 
 

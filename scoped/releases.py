@@ -91,8 +91,8 @@ def releasing(scope: Scope) -> Generator[None, None, None]:
 
 async def _tear_down_users(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
     problems: list[BaseException] = []
-    for holder, user in _users_last_first(scope, resource, problems, in_loop=in_loop):
-        rest = holder.tear_down(user, None, problems)
+    for holder, user, other in _users_last_first(scope, resource, problems, in_loop=in_loop):
+        rest = holder.tear_down(user, other, None, problems)
         if rest is not None:
             await rest
     if problems:
@@ -101,7 +101,7 @@ async def _tear_down_users(scope: Scope, resource: "Resource[Any]", *, in_loop: 
 
 def _users_last_first(
     scope: Scope, resource: "Resource[Any]", problems: list[BaseException], *, in_loop: bool
-) -> "Iterator[tuple[Scope, Resource[Any]]]":
+) -> "Iterator[tuple[Scope, Resource[Any], Keeper | Elsewhere | None]]":
     """
     Takes them out. Looks anew each time, as while one is torn down others may be
     set up with what is still there.
@@ -113,10 +113,15 @@ def _users_last_first(
             problems.append(error)
             return
         holder, user = users[-1]
-        holder.values.pop(user, None)
+        try:
+            other = holder.take_out(user)
+        except KeyError:  # another thread has released it, since the look
+            continue
         if holder.uses is not None:
             holder.uses.pop(user, None)
-        yield holder, user
+        yield holder, user, other
+        if user is resource:
+            return  # what is there now has been set up since: it was the first of them
 
 
 def _users_of(scope: Scope, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":

@@ -3,7 +3,6 @@ The request's scope, and which scope a resource's value is found in.
 """
 
 import asyncio
-from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +12,7 @@ from scoped.lifespans import LifespanScope, lifespans
 from scoped.releases import others_released, releasing
 from scoped.scopes import Lifetime, Scope, current, scope_here
 from scoped.setups import SetUp
-from scoped.waiting import current_task, run_without_loop, running_loop
+from scoped.waiting import ForkSafeLock, current_task, run_without_loop, running_loop
 
 if TYPE_CHECKING:
     from scoped.resources import Resource
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 
-_lock = Lock()
+_lock = ForkSafeLock()
 
 
 class RequestScope(Scope):
@@ -135,8 +134,14 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        held = self.values or self.pending or self.releases or self.response or self.lifespan
-        if not held and self._state == "open":
+        if self._state == "open" and not (
+            self.values
+            or self.pending
+            or self.latched
+            or self.releases
+            or self.response
+            or self.lifespan
+        ):
             self._let_go(exc)
             self.leave()
             return

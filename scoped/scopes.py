@@ -31,7 +31,6 @@ its factory used; they are taken out again last in, first out.
 
 import asyncio
 import logging
-import threading
 from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
@@ -50,7 +49,7 @@ from scoped.exceptions import (
 )
 from scoped.setups import Latch, SetUp
 from scoped.teardown import Elsewhere, Keeper, finish, finish_elsewhere
-from scoped.waiting import current_task, outlast, running_loop
+from scoped.waiting import ForkSafeLock, current_task, outlast, running_loop
 
 if TYPE_CHECKING:
     from scoped.lifespans import LifespanScope
@@ -74,8 +73,9 @@ class Lifetime(Enum):
 # copy it, so circles show through them too.
 current: ContextVar["Scope | SetUp | None"] = ContextVar("scoped.current", default=None)
 
-# Held while a table is made that more than one thread may want to make.
-_lock = threading.Lock()
+# Held while a table is made that more than one thread may want to make, and while a value is taken
+# out together with what is to finish it: or another thread might set it up anew in between.
+_lock = ForkSafeLock()
 
 # Seconds for which sync code in the event loop's thread waits for another
 # thread, which may itself be waiting for that loop.
@@ -372,11 +372,12 @@ class Scope:
 
     def _table(self, name: str) -> "dict[Resource[Any], Any]":
         """For what is not the event loop's alone: threads may come at the same time."""
+        new: dict[Resource[Any], Any] = {}
         with _lock:
             table: dict[Resource[Any], Any] | None = getattr(self, name)
             if table is None:
-                table = {}
-                setattr(self, name, table)
+                setattr(self, name, new)
+                return new
             return table
 
     async def _refuse(self, resource: "Resource[Any]", generator: Any) -> NoReturn:
@@ -506,7 +507,8 @@ class Scope:
             latched = self._table("latched") if self.latched is None else self.latched
             other = latched.setdefault(resource, set_up)
             if other is set_up:
-                if resource not in self.values:  # by a thread that came first, since the look
+                # Since the look, another thread may have set it up, and the scope may be closing.
+                if resource not in self.values and self._state == "open":
                     return self._set_up_sync(set_up, asker)
                 del latched[resource]
                 set_up.settle()
@@ -586,9 +588,10 @@ class Scope:
         return value
 
     def _take_back(self, resource: "Resource[Any]") -> None:
-        if self.values.pop(resource, self) is self:
+        try:
+            other = self.take_out(resource)
+        except KeyError:
             return  # the teardown has it
-        other = (self.others or {}).pop(resource, None)
         if isinstance(other, Elsewhere):
             other.context.run(resource.factory.finish, other.generator, self.failure)
         elif resource.factory.is_generator:
@@ -654,7 +657,8 @@ class Scope:
                 resource = self.values.popitem()[0]
             except KeyError:  # a thread that was setting it up took it back, since the look
                 continue
-            rest = self.tear_down(resource, failure, problems)
+            other = None if self.others is None else self.others.pop(resource, None)
+            rest = self.tear_down(resource, other, failure, problems)
             if rest is not None:
                 await rest
         self._let_go(failure)
@@ -683,21 +687,24 @@ class Scope:
     def tear_down(
         self,
         resource: "Resource[Any]",
+        other: Keeper | Elsewhere | None,
         failure: BaseException | None,
         problems: list[BaseException],
     ) -> Coroutine[Any, Any, None] | None:
         """
-        Begin to. Returns what is to be awaited for the rest, if that was not all.
-        What it raises is added to the problems, a cancellation too: others follow.
+        Begin to, with what ``take_out()`` has returned. Returns what is to be awaited for
+        the rest, if that was not all. What it raises is added to the problems, a
+        cancellation too: others follow.
         """
+        rest: Coroutine[Any, Any, None] | None
         began = 0.0 if events.observer is None else perf_counter()
         generators = self.generators
         try:
-            if generators is not None and generators[0] is resource:
+            if other is not None:
+                rest = finish_elsewhere(resource, self, other, failure)
+            elif generators is not None and generators[0] is resource:
                 self.generators = generators[2]
                 rest = finish(resource, self, generators[1], failure)
-            elif self.others is not None and resource in self.others:
-                rest = finish_elsewhere(resource, self, self.others.pop(resource), failure)
             elif resource.factory.is_generator:
                 rest = finish(resource, self, self._take_generator(resource), failure)
             else:
@@ -710,6 +717,15 @@ class Scope:
         if began:
             self._torn_down(resource, began, None, problems)
         return None
+
+    def take_out(self, resource: "Resource[Any]") -> Keeper | Elsewhere | None:
+        """
+        Let go of its value. Returns who else than the owner is to finish it, if so. Raises
+        KeyError where there is none.
+        """
+        with _lock:
+            del self.values[resource]
+            return None if self.others is None else self.others.pop(resource, None)
 
     def _take_generator(self, resource: "Resource[Any]") -> Any:
         later: list[_Generators] = []  # set up after it, and yet it goes first: it is released

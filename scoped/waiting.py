@@ -1,13 +1,45 @@
 """Waits that no cancellation cuts short, and work that need not wait at all."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine
 from functools import partial
+from threading import RLock
 from typing import Any
 
 from asgiref.sync import AsyncToSync, sync_to_async
 
-__all__ = ["current_task", "hop", "outlast", "run_without_loop", "running_loop", "set_done", "wake"]
+__all__ = [
+    "ForkSafeLock",
+    "current_task",
+    "hop",
+    "outlast",
+    "run_without_loop",
+    "running_loop",
+    "set_done",
+    "wake",
+]
+
+
+class ForkSafeLock:
+    """
+    Between threads. In a forked process it is free, though a thread of the parent, which
+    is not there, may have held it. May be taken again by the thread that holds it: a
+    finalizer (PEP 442) or a signal's handler may run there at any time.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

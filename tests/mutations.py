@@ -355,7 +355,7 @@ MUTATIONS = [
     ),
     mutation(
         "the end of an empty block does not wait for a release",
-        ("requests", "self.pending or self.releases or", "self.pending or"),
+        ("requests", "            or self.releases\n", ""),
     ),
     mutation(
         "the response does not wait for a release",
@@ -389,9 +389,32 @@ MUTATIONS = [
         "what is torn down in a keeper is not taken from its scope",
         (
             "scopes",
-            "finish_elsewhere(resource, self, self.others.pop(resource), failure)",
-            "finish_elsewhere(resource, self, self.others[resource], failure)",
+            "self.others.pop(resource, None)\n            rest =",
+            "self.others.get(resource)\n            rest =",
         ),
+    ),
+    mutation(
+        "a release goes on with what is set up anew",
+        ("releases", "        if user is resource:\n", "        if False:\n"),
+    ),
+    mutation(
+        "threads may set it up anew between the two steps of a release",
+        (
+            "scopes",
+            "            del self.values[resource]\n"
+            "            return None if self.others is None else self.others.pop(resource, None)\n",
+            "            del self.values[resource]\n"
+            "        __import__('time').sleep(0.0001)\n"
+            "        return None if self.others is None else self.others.pop(resource, None)\n",
+        ),
+    ),
+    mutation(
+        "an empty block's end forgets the threads that set up",
+        ("requests", "            or self.latched\n", ""),
+    ),
+    mutation(
+        "locks are held in a forked process too",
+        ("waiting", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
     ),
     mutation(
         "a release looks once only",

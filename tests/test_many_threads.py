@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from scoped import (
+    AsyncResourceError,
     CircularResourceError,
     ScopeClosedError,
     lifespan_scope,
@@ -26,6 +28,7 @@ from scoped import (
     request_scoped,
     waiting,
 )
+from scoped.requests import RequestScope
 from scoped.scopes import Scope
 from tests.tables import what_is_kept
 
@@ -117,6 +120,73 @@ def ask(resources: list[Any], number: int) -> object:
 
 def assert_nothing_kept(scope: Scope) -> None:
     assert what_is_kept(scope) == []
+
+
+def test_what_threads_use_and_release_at_once_is_torn_down_once_for_each_set_up(
+    threads: ThreadPoolExecutor,
+) -> None:
+    set_up: list[Thing] = []
+    torn_down: list[Thing] = []
+
+    @request_scoped
+    def tenant() -> Iterator[Thing]:
+        thing = Thing("tenant")
+        set_up.append(thing)
+        yield thing
+        torn_down.append(thing)
+
+    def use_and_release() -> None:
+        for _ in range(THREADS):
+            assert isinstance(tenant(), Thing)
+            with suppress(AsyncResourceError):  # another thread has set it up
+                tenant.release()
+
+    for _ in range(ROUNDS):
+        with request_scope() as scope:
+            outcomes = at_once(threads, *[use_and_release] * (THREADS - 1))
+            assert [error for _, error in outcomes if error] == []
+        assert len(set_up) == len(torn_down) == len(set(torn_down))
+        assert_nothing_kept(scope)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_set_up_that_ends_while_its_scope_is_found_empty_is_taken_back(when: str) -> None:
+    log: list[str] = []
+    begun, go_on, done = (threading.Event() for _ in range(3))
+
+    @request_scoped
+    def tenant() -> Iterator[str]:
+        begun.set()
+        assert go_on.wait(DEADLINE)
+        log.append("set up")
+        yield "tenant"
+        log.append("torn down")
+
+    class Overtaken(RequestScope):
+        """The other thread goes on in the moment in which this one lets go."""
+
+        __slots__ = ()
+
+        def _let_go(self, failure: BaseException | None = None) -> None:
+            if when == "after":
+                super()._let_go(failure)
+            go_on.set()
+            assert done.wait(DEADLINE)
+            if when == "before":
+                super()._let_go(failure)
+
+    def ask() -> None:
+        with pytest.raises(ScopeClosedError):
+            tenant()
+        done.set()
+
+    async with Overtaken("the request scope") as scope:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=[ask])
+        thread.start()
+        assert begun.wait(DEADLINE)
+    thread.join()
+    assert log == ["set up", "torn down"]
+    assert_nothing_kept(scope)
 
 
 def test_a_tree_asked_for_from_all_sides_is_set_up_once_and_torn_down_in_order(

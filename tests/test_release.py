@@ -618,6 +618,24 @@ async def test_set_up_anew_while_it_goes_a_user_goes_too():
         assert await user() == "user 3"
 
 
+async def test_it_ends_though_somebody_asks_for_it_again_and_again():
+    db = resource("db", pause=turns)
+
+    async def ask():
+        while True:
+            await db()
+            await asyncio.sleep(0)
+
+    async with request_scope():
+        asking = asyncio.create_task(ask())
+        await turns()
+        await asyncio.wait_for(db.release(), 5)
+        assert log == ["db 1"]
+        asking.cancel()
+        await asyncio.wait([asking])
+    assert log == ["db 1", "db 2"]
+
+
 async def test_a_user_that_the_owner_sets_up_meanwhile_stays_and_so_does_what_it_uses():
     paused = asyncio.Event()
     db = resource("db")

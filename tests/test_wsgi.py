@@ -1008,6 +1008,27 @@ def test_what_was_set_up_before_a_fork_is_the_parents_alone():
     ]
 
 
+def test_the_child_does_not_wait_for_a_thread_that_only_the_parent_has():
+    said = run_forks(
+        "import signal, threading, warnings\n"
+        "from scoped import lifespans, requests, scopes\n"
+        "warnings.simplefilter('ignore')  # Python's own, of forks beside threads\n"
+        "held, go_on = threading.Event(), threading.Event()\n"
+        "def hold():\n"
+        "    with scopes._lock, requests._lock, lifespans._lock:\n"
+        "        held.set()\n"
+        "        go_on.wait()\n"
+        "threading.Thread(target=hold).start()\n"
+        "held.wait()\n"
+        "if fork():\n"
+        "    signal.alarm(20)\n"
+        "    assert call(application)[1] == b'True'\n"
+        "    sys.exit()\n"
+        "go_on.set()\n"
+    )
+    assert said == ["child connects", "child closes its own"]
+
+
 def test_a_child_that_uses_nothing_closes_nothing():
     said = run_forks("call(application)\nif fork():\n    sys.exit()\n")
     assert said == ["parent connects", "parent closes its own"]
