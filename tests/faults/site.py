@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from scoped import lifespan_scoped, request_scoped
 from scoped.asgi import get_asgi_application
-from scoped.requests import RequestScope
+from scoped.requests import ServedScope
 
 POOL_SIZE = 5
 ACQUIRE_TIMEOUT = float(os.environ.get("ACQUIRE_TIMEOUT", "5"))
@@ -181,7 +181,7 @@ async def state(request):
     connections, broker = await pool(), await redis()
     gc.collect()
     open_scopes = [
-        thing for thing in gc.get_objects() if type(thing) is RequestScope and thing.is_open
+        thing for thing in gc.get_objects() if type(thing) is ServedScope and thing.is_open
     ]
     return JsonResponse(
         {
