@@ -27,8 +27,8 @@ class _BackgroundScope(RequestScope):
     __slots__ = ("served",)
 
     def open_beside(self, around: Scope | None) -> None:
-        self.open()
         self.served = around is not None and around.served
+        self.open()
         self._previous = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":

@@ -22,9 +22,11 @@ from scoped import (
     request_scope,
     request_scoped,
     signals,
+    spawn,
 )
 from scoped.asgi import ScopedASGIHandler
 from scoped.lifespans import LifespanScope
+from scoped.requests import RequestScope
 from scoped.scopes import Scope
 from tests.connection import Connection
 
@@ -141,6 +143,29 @@ def test_who_hears_that_a_lifespan_opens_may_open_a_request_in_it(held_by: str) 
         *([] if held_by == "a request" else request),
         *("settings", "torn down"),
     ]
+
+
+async def test_who_hears_that_a_background_task_begins_may_use_a_lifespan_in_it() -> None:
+    log: list[object] = []
+
+    @lifespan_scoped
+    def settings() -> Iterator[str]:
+        yield "settings"
+        log.append("torn down")
+
+    def hear(scope: Scope, **kwargs: Any) -> None:
+        if isinstance(scope, RequestScope):
+            log.append(settings())
+
+    async def work() -> None:
+        log.append("work")
+
+    signals.scope_opened.connect(hear)
+    try:
+        await spawn(work())
+    finally:
+        signals.scope_opened.disconnect(hear)
+    assert log == ["settings", "work", "torn down"]
 
 
 async def test_they_tell_who_asked_for_what_and_the_order_of_it_all(listener: Listener) -> None:
