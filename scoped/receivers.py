@@ -63,14 +63,7 @@ class _ForeignScope(RequestScope):
 
     @property
     def can_close_without_loop(self) -> bool:
-        return self.sync_only or not (
-            self.values
-            or self.pending
-            or self.latched
-            or self.releases
-            or self.lifespan
-            or self.response
-        )
+        return self.sync_only or not self.is_in_use
 
 
 def connect_handler(handler: type) -> None:

@@ -42,6 +42,18 @@ class RequestScope(Scope):
         """Whether whoever opened it calls ``end_response()``, or it has no response to send."""
         return True
 
+    @property
+    def is_in_use(self) -> object:
+        """Whether there is anything to tear down, to wait for or to leave."""
+        return (
+            self.values
+            or self.pending
+            or self.latched
+            or self.releases
+            or self.response
+            or self.lifespan
+        )
+
     async def end_response(self) -> None:
         """
         Tear down what lives until the response, before its first byte is sent.
@@ -134,14 +146,7 @@ class RequestScope(Scope):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._state == "open" and not (
-            self.values
-            or self.pending
-            or self.latched
-            or self.releases
-            or self.response
-            or self.lifespan
-        ):
+        if self._state == "open" and not self.is_in_use:
             self._let_go(exc)
             self.leave()
             return

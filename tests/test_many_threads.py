@@ -29,7 +29,6 @@ from scoped import (
     waiting,
 )
 from scoped.requests import RequestScope
-from scoped.scopes import Scope
 from tests.tables import what_is_kept
 
 THREADS = 8
@@ -118,10 +117,6 @@ def ask(resources: list[Any], number: int) -> object:
     return resources[number]()
 
 
-def assert_nothing_kept(scope: Scope) -> None:
-    assert what_is_kept(scope) == []
-
-
 def test_what_threads_use_and_release_at_once_is_torn_down_once_for_each_set_up(
     threads: ThreadPoolExecutor,
 ) -> None:
@@ -146,7 +141,7 @@ def test_what_threads_use_and_release_at_once_is_torn_down_once_for_each_set_up(
             outcomes = at_once(threads, *[use_and_release] * (THREADS - 1))
             assert [error for _, error in outcomes if error] == []
         assert len(set_up) == len(torn_down) == len(set(torn_down))
-        assert_nothing_kept(scope)
+        assert what_is_kept(scope) == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -186,7 +181,7 @@ async def test_a_set_up_that_ends_while_its_scope_is_found_empty_is_taken_back(w
         assert begun.wait(DEADLINE)
     thread.join()
     assert log == ["set up", "torn down"]
-    assert_nothing_kept(scope)
+    assert what_is_kept(scope) == []
 
 
 def test_a_tree_asked_for_from_all_sides_is_set_up_once_and_torn_down_in_order(
@@ -207,7 +202,7 @@ def test_a_tree_asked_for_from_all_sides_is_set_up_once_and_torn_down_in_order(
         assert sorted(set_up) == ["+base", "+left", "+right", "+top"]
         assert sorted(torn_down) == ["-base", "-left", "-right", "-top"]
         assert (torn_down[0], torn_down[-1]) == ("-top", "-base")
-        assert_nothing_kept(scope)
+        assert what_is_kept(scope) == []
 
 
 def test_a_factory_that_fails_at_first_is_tried_again_by_one_thread_at_a_time(
@@ -248,7 +243,7 @@ def test_a_circle_entered_at_all_its_points_is_an_error_for_all(
         with request_scope() as scope:
             outcomes = at_once(threads, *circle, outside, *circle[:3])
             assert {type(error) for _, error in outcomes} == {CircularResourceError}
-            assert_nothing_kept(scope)
+            assert what_is_kept(scope) == []
         assert ledger.log == []
 
 
@@ -271,7 +266,7 @@ def test_a_scope_that_closes_meanwhile_tears_down_what_was_set_up_and_refuses_th
         set_up = sorted(entry[1:] for entry in ledger.log if entry[0] == "+")
         torn_down = sorted(entry[1:] for entry in ledger.log if entry[0] == "-")
         assert set_up == torn_down
-        assert_nothing_kept(scope)
+        assert what_is_kept(scope) == []
     assert refused
 
 
@@ -296,7 +291,7 @@ async def test_threads_and_the_event_loop_ask_at_once(threads: ThreadPoolExecuto
             here = top()
             assert set(await asyncio.gather(*asking)) == {here}
         assert ledger.log == ["+base", "+top", "-top", "-base"]
-        assert_nothing_kept(scope)
+        assert what_is_kept(scope) == []
 
 
 @pytest.mark.parametrize("is_held", [False, True], ids=["implied", "held by a loop"])
