@@ -24,8 +24,8 @@ from django.dispatch import receiver
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from scoped.resources import Resource
-from scoped.scopes import Lifetime, Scope
+from scoped.core.resource import Lifetime, Resource
+from scoped.core.scope import Scope
 from scoped.signals import resource_set_up, resource_torn_down, scope_closed, scope_opened
 
 PROCESS = f"{socket.gethostname()}:{os.getpid()}"

@@ -6,8 +6,8 @@ and it is set up on first use, once per request, and torn down when the request
 ends, however it ends.
 """
 
-from scoped.background import spawn
-from scoped.exceptions import (
+from scoped.core.declare import lifespan_scoped, request_scoped
+from scoped.core.errors import (
     AsyncResourceError,
     CircularResourceError,
     FactoryError,
@@ -17,10 +17,10 @@ from scoped.exceptions import (
     ScopedError,
     TeardownError,
 )
-from scoped.inspection import OpenScope, inspect
-from scoped.lifespans import lifespan_scope
-from scoped.requests import current_scope, request_scope
-from scoped.resources import lifespan_scoped, request_scoped
+from scoped.core.inspect import OpenScope, inspect
+from scoped.core.lifespan import lifespan_scope
+from scoped.core.request import current_scope, request_scope
+from scoped.serving.background import spawn
 
 __all__ = [
     "AsyncResourceError",

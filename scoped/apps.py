@@ -15,7 +15,8 @@ class ScopedConfig(AppConfig):
     name = "scoped"
 
     def ready(self) -> None:
-        from scoped import checks, conf, receivers  # noqa: PLC0415 (needs the settings)
+        from scoped import checks, conf  # noqa: PLC0415 (needs the settings)
+        from scoped.serving import receivers  # noqa: PLC0415
 
         try:
             conf.configure()

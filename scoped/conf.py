@@ -17,8 +17,8 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
-from scoped.scopes import Scope
-from scoped.threads import LentThread
+from scoped.core.scope import Scope
+from scoped.serving.threads import LentThread
 
 __all__ = ["configure", "problems"]
 

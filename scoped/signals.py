@@ -30,9 +30,9 @@ from weakref import ReferenceType
 
 from django.dispatch import Signal
 
-from scoped import events
-from scoped.resources import Resource
-from scoped.scopes import Scope
+from scoped.core import observer
+from scoped.core.resource import Resource
+from scoped.core.scope import Scope
 
 __all__ = ["resource_set_up", "resource_torn_down", "scope_closed", "scope_opened"]
 
@@ -112,7 +112,7 @@ def _send(signal: _Event, scope: Scope, **named: Any) -> None:
 def _update() -> None:
     signals = (scope_opened, scope_closed, resource_set_up, resource_torn_down)
     anybody = any(_is_alive(entry) for signal in signals for entry in list(signal.receivers))
-    events.observer = _Sender() if anybody else None
+    observer.observer = _Sender() if anybody else None
 
 
 def _is_alive(entry: tuple[Any, ...]) -> bool:

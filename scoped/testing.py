@@ -17,15 +17,16 @@ from django.dispatch import Signal
 from django.http.response import HttpResponseBase
 from django.test.client import ClientHandler
 
-from scoped.asgi import Message, ScopedASGIHandler
+from scoped.asgi import ScopedASGIHandler
+from scoped.core.inspect import open_scopes, picture
+from scoped.core.lifespan import lifespan_scope
+from scoped.core.override import override
+from scoped.core.request import RequestScope
+from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
-from scoped.handlers import ScopedHandler
-from scoped.inspection import open_scopes, picture
-from scoped.lifespans import lifespan_scope
-from scoped.overrides import override
-from scoped.receivers import connect, tells_of_response
-from scoped.requests import RequestScope
-from scoped.waiting import outlast
+from scoped.serving.exchange import Message
+from scoped.serving.handler import ScopedHandler
+from scoped.serving.receivers import connect, tells_of_response
 
 __all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
 

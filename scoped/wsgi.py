@@ -11,9 +11,9 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.http.response import HttpResponseBase
 
 from scoped import conf
-from scoped.handlers import ScopedHandler
-from scoped.receivers import close_foreign, connect, note_failure, tells_of_response
-from scoped.scopes import scope_here
+from scoped.core.scope import scope_here
+from scoped.serving.handler import ScopedHandler
+from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 
 __all__ = ["ScopedWSGIHandler", "get_wsgi_application"]
 

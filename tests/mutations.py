@@ -52,16 +52,20 @@ MUTATIONS = [
     # The end of a request
     mutation(
         "neither the handler nor its receiver closes the scope",
-        ("asgi", "await self.attempt(close(request_scope))", "pass"),
-        ("receivers", "        await close(scope)\n", "        pass\n"),
+        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
+        ("serving/receivers", "        await close(scope)\n", "        pass\n"),
     ),
     mutation(
         "the handler leaves the closing to its receiver",
-        ("asgi", "await self.attempt(close(request_scope))", "pass"),
+        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
     ),
     mutation(
         "request_finished is not sent to async receivers",
-        ("asgi", "await self.attempt(self.call_async(reversed(async_receivers)))", "pass"),
+        (
+            "serving/exchange",
+            "await self.attempt(self.call_async(reversed(async_receivers)))",
+            "pass",
+        ),
     ),
     mutation(
         "async receivers run in tasks of their own",
@@ -74,32 +78,36 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("asgi", "await self.attempt(close_stream(self.response))", "pass"),
+        ("serving/exchange", "await self.attempt(close_stream(self.response))", "pass"),
     ),
     mutation(
         "a sync view that runs on is not waited for",
-        ("asgi", "await self.attempt(hop(_nothing))", "pass"),
+        ("serving/exchange", "await self.attempt(hop(_nothing))", "pass"),
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
-        ("threads", "        if self.is_busy:\n", "        if False:\n"),
+        ("serving/threads", "        if self.is_busy:\n", "        if False:\n"),
     ),
     mutation(
         "the response's closers are not run",
-        ("handlers", "for closer in response._resource_closers:", "for closer in ():"),
+        ("serving/handler", "for closer in response._resource_closers:", "for closer in ():"),
     ),
     mutation(
         "the view's failure is not noted",
-        ("handlers", "        note_failure(exception)\n", ""),
+        ("serving/handler", "        note_failure(exception)\n", ""),
     ),
     # Cancellation
     mutation(
         "the request is never uncancelled",
-        ("asgi", "            task.uncancel()  # so that", "            break  # so that"),
+        (
+            "serving/exchange",
+            "            task.uncancel()  # so that",
+            "            break  # so that",
+        ),
     ),
     mutation(
         "a server's cancellation is swallowed",
-        ("asgi", "raise_first([cancellation, failure])", "return"),
+        ("serving/exchange", "raise_first([cancellation, failure])", "return"),
     ),
     mutation(
         "the request is cancelled though it is finishing",
@@ -111,65 +119,81 @@ MUTATIONS = [
     ),
     mutation(
         "the request is cancelled again and again",
-        ("asgi", "if not self.cancelled and not self.finishing:", "if not self.finishing:"),
+        (
+            "serving/exchange",
+            "if not self.cancelled and not self.finishing:",
+            "if not self.finishing:",
+        ),
     ),
     mutation(
         "the view is not told that its client has gone",
-        ("asgi", "                self.client_gone = True\n", "                return\n"),
+        (
+            "serving/exchange",
+            "                self.client_gone = True\n",
+            "                return\n",
+        ),
     ),
     mutation(
         "a cancelled scope does not say so",
-        ("scopes", "            raise fatal\n", "            return\n"),
+        ("core/scope", "            raise fatal\n", "            return\n"),
     ),
     mutation(
         "who waits for something to end is cancelled at once",
         (
-            "waiting",
+            "core/waits",
             "                cancellation = error\n            finally:\n",
             "                return error\n            finally:\n",
         ),
     ),
     mutation(
         "a hop to the thread is dropped when it is cancelled",
-        ("waiting", "    while not begun:\n", "    for _ in range(1):\n"),
+        ("core/waits", "    while not begun:\n", "    for _ in range(1):\n"),
     ),
     # Teardown
     mutation(
         "an error ends the teardown",
-        ("scopes", "        while self.values:\n", "        while self.values and not errors:\n"),
+        (
+            "core/scope",
+            "        while self.values:\n",
+            "        while self.values and not errors:\n",
+        ),
     ),
     mutation(
         "what was set up first is torn down first",
         (
-            "scopes",
+            "core/scope",
             "resource = self.values.popitem()[0]",
             "self.values.pop(resource := next(iter(self.values)))",
         ),
     ),
     mutation(
         "async factories are not told of the failure",
-        ("factories", "await generator.athrow(failure)", "await generator.__anext__()"),
+        ("core/factory", "await generator.athrow(failure)", "await generator.__anext__()"),
     ),
     mutation(
         "sync factories are not told of the failure",
-        ("factories", "generator.throw(failure)", "next(generator)"),
+        ("core/factory", "generator.throw(failure)", "next(generator)"),
     ),
     mutation(
         "a teardown may hang",
-        ("teardown", "                teardown.expire()\n", "                pass\n"),
+        ("core/teardown", "                teardown.expire()\n", "                pass\n"),
     ),
     mutation(
         "errors of teardowns are not raised",
-        ("scopes", "                raise TeardownError(self, errors)\n", "                pass\n"),
+        (
+            "core/scope",
+            "                raise TeardownError(self, errors)\n",
+            "                pass\n",
+        ),
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("scopes", "if self.pending and (cancellation", "if None and (cancellation"),
+        ("core/scope", "if self.pending and (cancellation", "if None and (cancellation"),
     ),
     mutation(
         "what is set up too late is never torn down",
         (
-            "scopes",
+            "core/scope",
             "rest = finish(resource, self, generator, self.failure)",
             "rest = None",
         ),
@@ -177,7 +201,7 @@ MUTATIONS = [
     mutation(
         "a closed scope keeps what ended it",
         (
-            "scopes",
+            "core/scope",
             "self.failure = self.owner = self.uses",
             "self.uses",
         ),
@@ -185,7 +209,7 @@ MUTATIONS = [
     mutation(
         "a closed scope sets up all the same",
         (
-            "scopes",
+            "core/scope",
             'if self._state != "open" and not (self._state == "closing" and resource in '
             "self.values):",
             "if False:",
@@ -195,36 +219,44 @@ MUTATIONS = [
     mutation(
         "no keeper: factories run wherever they are asked for",
         (
-            "scopes",
+            "core/scope",
             "            and self.owner is asyncio.current_task()\n        ):\n",
             "        ):\n",
         ),
-        ("scopes", "if self.owns_set_ups and self.owner is asyncio.current_task():", "if True:"),
+        (
+            "core/scope",
+            "if self.owns_set_ups and self.owner is asyncio.current_task():",
+            "if True:",
+        ),
     ),
     mutation(
         "who asks while it is set up is not told when it is",
-        ("setups", "                    waiter.set_result(error)\n", "                    pass\n"),
+        (
+            "core/record",
+            "                    waiter.set_result(error)\n",
+            "                    pass\n",
+        ),
     ),
     mutation(
         "those who wait are cancelled with the one who asked first",
-        ("scopes", "(first or isinstance(error, Exception))", "(True)"),
+        ("core/scope", "(first or isinstance(error, Exception))", "(True)"),
     ),
     mutation(
         "a set-up goes on though nobody wants it",
         (
-            "scopes",
+            "core/scope",
             "                set_up.keeper.cancel()  # nobody",
             "                pass  # nobody",
         ),
     ),
     mutation(
         "circles are not looked for",
-        ("setups", "if circle := _way(other, self, set()):", "if circle := None:"),
+        ("core/record", "if circle := _way(other, self, set()):", "if circle := None:"),
     ),
     mutation(
         "threads do not wait for each other's set-ups",
         (
-            "scopes",
+            "core/scope",
             "other = latched.setdefault(resource, set_up)",
             "other = latched[resource] = set_up",
         ),
@@ -233,7 +265,7 @@ MUTATIONS = [
     mutation(
         "a request takes over the open scope around it",
         (
-            "receivers",
+            "serving/receivers",
             '    ServedScope(_name(scope["method"], scope["path"])).open()\n',
             "    if current.get() is None:\n"
             '        ServedScope(_name(scope["method"], scope["path"])).open()\n',
@@ -242,23 +274,23 @@ MUTATIONS = [
     mutation(
         "the scope around another is not current again",
         (
-            "scopes",
+            "core/scope",
             "current.set(previous if previous is not None and previous.is_open else None)",
             "current.set(None)",
         ),
     ),
     mutation(
         "a lifespan resource is set up in the Context of the first request",
-        ("lifespans", "return self._base.copy()", "return copy_context()"),
+        ("core/lifespan", "return self._base.copy()", "return copy_context()"),
     ),
     mutation(
         "shutdown does not wait for open requests",
-        ("lifespans", "cancellation = await self._requests_ended()", "cancellation = None"),
+        ("core/lifespan", "cancellation = await self._requests_ended()", "cancellation = None"),
     ),
     mutation(
         "a lifespan resource may ask for a request's",
         (
-            "requests",
+            "core/request",
             "        raise LifetimeError(asker, resource, asker.lifetime.value, "
             "resource.lifetime.value)\n",
             "        return here.scope\n",
@@ -267,20 +299,24 @@ MUTATIONS = [
     # Until the response
     mutation(
         "nothing ends with the response",
-        ("handlers", "            await scope.end_response()\n", "            pass\n"),
+        ("serving/handler", "            await scope.end_response()\n", "            pass\n"),
     ),
     mutation(
         "nothing ends with the response under WSGI",
-        ("handlers", "            run_without_loop(scope.end_response())\n", "            pass\n"),
+        (
+            "serving/handler",
+            "            run_without_loop(scope.end_response())\n",
+            "            pass\n",
+        ),
     ),
     mutation(
         "the closers of a response that an error replaces are forgotten",
-        ("handlers", "    page._resource_closers.extend(response._resource_closers)\n", ""),
+        ("serving/handler", "    page._resource_closers.extend(response._resource_closers)\n", ""),
     ),
     mutation(
         "the closers of a response that is never sent are forgotten",
         (
-            "handlers",
+            "serving/handler",
             "                page: Any = await make_page(request, error)\n"
             "            except BaseException:\n"
             "                close_resources(response)  # nobody else will see it\n",
@@ -290,20 +326,28 @@ MUTATIONS = [
     ),
     mutation(
         "a stream that an error replaces is left to the garbage collector",
-        ("handlers", "                await _drop_stream(response)\n", "                pass\n"),
+        (
+            "serving/handler",
+            "                await _drop_stream(response)\n",
+            "                pass\n",
+        ),
     ),
     mutation(
         "a request that was cancelled keeps it beyond request_finished's receivers",
-        ("asgi", "await self.attempt(end_response(request_scope))", "pass"),
+        ("serving/exchange", "await self.attempt(end_response(request_scope))", "pass"),
     ),
     mutation(
         "a malformed request keeps it beyond its response",
-        ("asgi", "await request_scope.end_response()  # receivers", "pass  # receivers"),
+        (
+            "serving/exchange",
+            "await request_scope.end_response()  # receivers",
+            "pass  # receivers",
+        ),
     ),
     mutation(
         "what middleware raises is not noted without the app",
         (
-            "receivers",
+            "serving/receivers",
             "    got_request_exception.connect(_request_failed)\n\n\ndef connect()",
             "\n\ndef connect()",
         ),
@@ -311,60 +355,64 @@ MUTATIONS = [
     mutation(
         "a stream may set up anew what ended with the response",
         (
-            "requests",
+            "core/request",
             '"open" if around.is_open and not around.has_responded else "closed"',
             '"open" if around.is_open else "closed"',
         ),
     ),
     mutation(
         "a request's resource may ask for what ends with the response",
-        ("requests", "if not isinstance(here, SetUp) or here.scope is not scope:", "if True:"),
+        ("core/request", "if not isinstance(here, SetUp) or here.scope is not scope:", "if True:"),
     ),
     mutation(
         "a keeper's timeout across the yield is not seen until the response",
-        ("scopes", "self.lifetime is not Lifetime.LIFESPAN:", "self.lifetime is Lifetime.REQUEST:"),
+        (
+            "core/scope",
+            "self.lifetime is not Lifetime.LIFESPAN:",
+            "self.lifetime is Lifetime.REQUEST:",
+        ),
     ),
     # Early release
     mutation(
         "what has used a resource outlives its release",
         (
-            "releases",
+            "core/release",
             "if one is resource or not gone.isdisjoint(uses.get(one, ())):",
             "if one is resource:",
         ),
     ),
     mutation(
         "what has used a resource is torn down after it",
-        ("releases", "        holder, user = users[-1]\n", "        holder, user = users[0]\n"),
+        ("core/release", "        holder, user = users[-1]\n", "        holder, user = users[0]\n"),
     ),
     mutation(
         "releases do not wait for each other",
-        ("releases", "    await others_released(scope)\n", ""),
+        ("core/release", "    await others_released(scope)\n", ""),
     ),
     mutation(
         "a release that a teardown asks for waits for the one around it",
-        ("teardown", "            release.tasks.append(keeper.task)\n", "            pass\n"),
+        ("core/teardown", "            release.tasks.append(keeper.task)\n", "            pass\n"),
     ),
     mutation(
         "the end of a scope does not wait for a release",
         (
-            "scopes",
+            "core/scope",
             "        if self.releases:\n            overs",
             "        if None:\n            overs",
         ),
     ),
     mutation(
         "the end of an empty block does not wait for a release",
-        ("requests", "            or self.releases\n", ""),
+        ("core/request", "            or self.releases\n", ""),
     ),
     mutation(
         "the response does not wait for a release",
-        ("requests", "            await others_released(self)\n", ""),
+        ("core/request", "            await others_released(self)\n", ""),
     ),
     mutation(
         "a release does not wait for what ends with the response",
         (
-            "requests",
+            "core/request",
             "            with releasing(self):\n                await",
             "            if True:\n                await",
         ),
@@ -372,35 +420,35 @@ MUTATIONS = [
     mutation(
         "a release does not see what is being set up",
         (
-            "releases",
+            "core/release",
             "if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):",
             "if True:",
         ),
     ),
     mutation(
         "a factory cannot release what it has used",
-        ("releases", " or set_up.waits_for(asker):", ":"),
+        ("core/release", " or set_up.waits_for(asker):", ":"),
     ),
     mutation(
         "a release takes what was set up later out of its teardown's reach",
-        ("scopes", "        for one in reversed(later):\n", "        for one in ():\n"),
+        ("core/scope", "        for one in reversed(later):\n", "        for one in ():\n"),
     ),
     mutation(
         "what is torn down in a keeper is not taken from its scope",
         (
-            "scopes",
+            "core/scope",
             "self.others.pop(resource, None)\n            rest =",
             "self.others.get(resource)\n            rest =",
         ),
     ),
     mutation(
         "a release goes on with what is set up anew",
-        ("releases", "        if user is resource:\n", "        if False:\n"),
+        ("core/release", "        if user is resource:\n", "        if False:\n"),
     ),
     mutation(
         "threads may set it up anew between the two steps of a release",
         (
-            "scopes",
+            "core/scope",
             "            del self.values[resource]\n"
             "            return None if self.others is None else self.others.pop(resource, None)\n",
             "            del self.values[resource]\n"
@@ -410,33 +458,33 @@ MUTATIONS = [
     ),
     mutation(
         "an empty block's end forgets the threads that set up",
-        ("requests", "            or self.latched\n", ""),
+        ("core/request", "            or self.latched\n", ""),
     ),
     mutation(
         "locks are held in a forked process too",
-        ("waiting", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
+        ("core/waits", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
     ),
     mutation(
         "a release looks once only",
         (
-            "releases",
+            "core/release",
             "    while users := _users_of(scope, resource):\n",
             "    users = _users_of(scope, resource)\n    while users:\n",
         ),
         (
-            "releases",
+            "core/release",
             "        holder, user = users[-1]\n",
             "        holder, user = users.pop()\n",
         ),
     ),
     mutation(
         "what was used once is taken to be used for ever",
-        ("releases", "            holder.uses.pop(user, None)\n", "            pass\n"),
+        ("core/release", "            holder.uses.pop(user, None)\n", "            pass\n"),
     ),
     mutation(
         "anybody may release what the owner has set up",
         (
-            "releases",
+            "core/release",
             "        here = scope.thread == get_ident() and scope.owner is current_task()\n",
             "        here = True\n",
         ),
@@ -468,16 +516,16 @@ MUTATIONS = [
     ),
     mutation(
         "a forked process uses what its parent has set up",
-        ("lifespans", "os.register_at_fork(after_in_child=_forked)\n", ""),
+        ("core/lifespan", "os.register_at_fork(after_in_child=_forked)\n", ""),
     ),
     mutation(
         "a forked process closes at its exit what its parent has set up",
-        ("lifespans", "        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))\n", ""),
+        ("core/lifespan", "        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))\n", ""),
     ),
     mutation(
         "a request that was open at the fork keeps its parent's lifespan",
         (
-            "requests",
+            "core/request",
             "while self.lifespan is None or self.lifespan.is_parents:",
             "while self.lifespan is None:",
         ),
@@ -485,39 +533,47 @@ MUTATIONS = [
     # Background tasks, tests, signals
     mutation(
         "a background task that shutdown no longer waits for runs on",
-        ("background", "            self.owner.cancel()\n", "            return None\n"),
+        ("serving/background", "            self.owner.cancel()\n", "            return None\n"),
     ),
     mutation(
         "a background task uses the request's thread",
-        ("background", "ThreadSensitiveContext(executor=thread)", "ThreadSensitiveContext()"),
+        (
+            "serving/background",
+            "ThreadSensitiveContext(executor=thread)",
+            "ThreadSensitiveContext()",
+        ),
     ),
     mutation(
         "factories are not told of a background task's failure",
-        ("background", "await scope.close(failure)", "await scope.close()"),
+        ("serving/background", "await scope.close(failure)", "await scope.close()"),
     ),
     mutation(
         "a background task that never began keeps its scope",
-        ("background", "    if scope.is_open:  #", "    if False:  #"),
+        ("serving/background", "    if scope.is_open:  #", "    if False:  #"),
     ),
     mutation(
         "an override is not undone",
-        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._recipe"),
+        ("core/override", "recipes[-1] if recipes else self._access.resource", "self._recipe"),
     ),
     mutation(
         "an override undoes the one inside it",
-        ("overrides", "recipes[-1] if recipes else self._access.resource", "self._access.resource"),
+        (
+            "core/override",
+            "recipes[-1] if recipes else self._access.resource",
+            "self._access.resource",
+        ),
     ),
     mutation(
         "test clients' lifespan-scoped resources live for ever",
-        ("receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
+        ("serving/receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
     ),
     mutation(
         "signals do not tell who asked",
-        ("scopes", "set_up.asked_by if asker is None else asker.resource", "None"),
+        ("core/scope", "set_up.asked_by if asker is None else asker.resource", "None"),
     ),
     mutation(
         "the lifespan of a loop that ends is kept by who never dropped it",
-        ("lifespans", "if not self._holders or loop_ends:", "if not self._holders:"),
+        ("core/lifespan", "if not self._holders or loop_ends:", "if not self._holders:"),
     ),
 ]
 

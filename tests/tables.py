@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 
 __all__ = ["under_way", "what_is_kept"]
 

@@ -22,7 +22,7 @@ from scoped import (
     spawn,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 from tests.connection import Connection
 from tests.views import Views
 

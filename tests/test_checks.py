@@ -19,10 +19,12 @@ from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.test import override_settings
 
-from scoped import lifespan_scoped, request_scoped, resources
+import scoped.checks
+from scoped import lifespan_scoped, request_scoped
 from scoped.asgi import ScopedASGIHandler
-from scoped.scopes import Scope
-from scoped.yields import first_skipped_line
+from scoped.checks.yields import first_skipped_line
+from scoped.core.resource import Resource
+from scoped.core.scope import Scope
 from tests.startproject import Project
 
 HANDLER_ID = "scoped.W001" if django.VERSION < (6, 1) else "scoped.W002"
@@ -32,8 +34,8 @@ DOCS = (Path(__file__).parent.parent / "docs" / "checks.md").read_text()
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
     """Those of one test, not those of all test modules."""
-    monkeypatch.setattr(resources, "declared", type(resources.declared)())
-    return resources.declared
+    monkeypatch.setattr(Resource, "declared", type(Resource.declared)())
+    return Resource.declared
 
 
 def found(check_id=None):
@@ -301,7 +303,7 @@ class TestWSGI:
     def test_what_the_views_declare_is_seen_too(self, site):
         (site / "wsgi.py").touch()
         (site / "urls.py").write_text(
-            "from scoped import request_scoped\nfrom scoped import resources\n"
+            "from scoped import request_scoped\n"
             "@request_scoped\nasync def of_a_view():\n    return 1\nurlpatterns = []\n"
         )
         assert "urls.of_a_view" in found("scoped.W003")[0].msg
@@ -650,7 +652,7 @@ to the left of everything
         exec("@request_scoped\ndef unseen():\n    yield 1\n    print()\n", names)  # noqa: S102
         kept = [names["unseen"], request_scoped(lambda: (yield)), request_scoped(globals)]
         assert found() == []
-        assert len(resources.declared) == len(kept)
+        assert len(Resource.declared) == len(kept)
 
     def test_a_lambda_is_not_taken_for_the_function_around_it(self, tmp_path):
         body = "inner = lambda: (yield); yield inner; inner.close()"
@@ -680,7 +682,7 @@ def sections():
 
 class TestDocs:
     def test_every_check_has_its_section(self):
-        source = (Path(resources.__file__).parent / "checks.py").read_text()
+        source = Path(scoped.checks.__file__).read_text()
         assert list(sections()) == sorted(set(re.findall(r'id="(scoped\.\w+)"', source)))
 
     def test_of_the_factories_there_the_first_is_warned_of_and_no_other(self, tmp_path):

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from django.core.management import call_command
 
-from scoped import lifespan_scoped, lifespans, request_scope, request_scoped, resources
+from scoped import lifespan_scoped, request_scope, request_scoped
+from scoped.core import lifespan as lifespans
+from scoped.core.resource import Resource
 from tests.startproject import Project
 
 
 @pytest.fixture(autouse=True)
 def declared(monkeypatch):
     """Those of one test, not those of all test modules."""
-    monkeypatch.setattr(resources, "declared", type(resources.declared)())
+    monkeypatch.setattr(Resource, "declared", type(Resource.declared)())
     before, lifespans.eager[:] = list(lifespans.eager), []
-    yield resources.declared
+    yield Resource.declared
     lifespans.eager[:] = before
 
 

@@ -4,8 +4,8 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from scoped.scopes import Scope
-from scoped.threads import LentThread
+from scoped.core.scope import Scope
+from scoped.serving.threads import LentThread
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,11 @@ from scoped import (
     ScopeClosedError,
     ScopedError,
     TeardownError,
-    exceptions,
     lifespan_scoped,
     request_scope,
     request_scoped,
 )
+from scoped.core import errors as exceptions
 
 
 @request_scoped
@@ -142,7 +142,7 @@ def test_factory_error() -> None:
         request_scoped(FactoryError)
     error = caught.value
     assert isinstance(error, FactoryError)
-    assert error.resource == "scoped.exceptions.FactoryError"
+    assert error.resource == "scoped.core.errors.FactoryError"
     assert error.problem == "is a class, so it cannot be a factory"
 
 

@@ -25,8 +25,8 @@ from scoped import (
     lifespan_scoped,
     request_scope,
     request_scoped,
-    scopes,
 )
+from scoped.core import scope as scopes
 from tests.tables import under_way, what_is_kept
 
 

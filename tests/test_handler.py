@@ -27,8 +27,8 @@ from scoped import (
     request_scoped,
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
-from scoped.receivers import close_scope, open_scope
-from scoped.scopes import scope_here
+from scoped.core.scope import scope_here
+from scoped.serving.receivers import close_scope, open_scope
 from tests.connection import Connection
 from tests.views import Views
 

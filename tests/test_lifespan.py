@@ -18,14 +18,14 @@ from scoped import (
     TeardownError,
     lifespan_scope,
     lifespan_scoped,
-    lifespans,
     request_scope,
     request_scoped,
-    scopes,
-    teardown,
 )
-from scoped.lifespans import LifespanScope
-from scoped.requests import RequestScope, ServedScope
+from scoped.core import lifespan as lifespans
+from scoped.core import scope as scopes
+from scoped.core import teardown
+from scoped.core.lifespan import LifespanScope
+from scoped.core.request import RequestScope, ServedScope
 
 MARK: ContextVar[str] = ContextVar("MARK", default="unset")
 

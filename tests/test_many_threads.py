@@ -23,12 +23,12 @@ from scoped import (
     ScopeClosedError,
     lifespan_scope,
     lifespan_scoped,
-    lifespans,
     request_scope,
     request_scoped,
-    waiting,
 )
-from scoped.requests import RequestScope
+from scoped.core import lifespan as lifespans
+from scoped.core import waits as waiting
+from scoped.core.request import RequestScope
 from tests.tables import what_is_kept
 
 THREADS = 8

@@ -35,9 +35,9 @@ from scoped import (
     request_scope,
     request_scoped,
 )
-from scoped.lifespans import LifespanScope
-from scoped.requests import RequestScope
-from scoped.scopes import Scope, current, scope_here
+from scoped.core.lifespan import LifespanScope
+from scoped.core.request import RequestScope
+from scoped.core.scope import Scope, current, scope_here
 from tests.lockstep import Hang, Lockstep, observe, tick
 from tests.tables import what_is_kept
 

@@ -24,13 +24,13 @@ from scoped import (
     NoScopeError,
     current_scope,
     lifespan_scoped,
-    lifespans,
     request_scope,
     request_scoped,
 )
-from scoped.receivers import close_foreign, open_foreign
-from scoped.scopes import current
-from scoped.waiting import run_without_loop
+from scoped.core import lifespan as lifespans
+from scoped.core.scope import current
+from scoped.core.waits import run_without_loop
+from scoped.serving.receivers import close_foreign, open_foreign
 from tests.connection import Connection
 
 log: list[str] = []

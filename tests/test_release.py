@@ -23,7 +23,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 from tests.connection import Connection
 from tests.views import Views
 

@@ -15,7 +15,6 @@ from django.urls import path
 
 from scoped import (
     ScopeClosedError,
-    events,
     inspect,
     lifespan_scope,
     lifespan_scoped,
@@ -25,9 +24,10 @@ from scoped import (
     spawn,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.lifespans import LifespanScope
-from scoped.requests import RequestScope
-from scoped.scopes import Scope
+from scoped.core import observer as events
+from scoped.core.lifespan import LifespanScope
+from scoped.core.request import RequestScope
+from scoped.core.scope import Scope
 from tests.connection import Connection
 
 NAMES = ("scope_opened", "scope_closed", "resource_set_up", "resource_torn_down")

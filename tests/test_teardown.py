@@ -25,7 +25,7 @@ from scoped import (
     request_scope,
     request_scoped,
 )
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 from tests.tables import what_is_kept
 
 

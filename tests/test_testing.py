@@ -178,7 +178,7 @@ class TestOverride:
         async def search() -> str:
             raise OSError("no server in tests")
 
-        from scoped.lifespans import eager
+        from scoped.core.lifespan import eager
 
         try:
             with override(search, "a fake"):

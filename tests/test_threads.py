@@ -13,9 +13,9 @@ from django.db.backends.signals import connection_created
 from django.http import HttpResponse
 from django.test import override_settings
 
-from scoped import threads
 from scoped.asgi import ScopedASGIHandler
-from scoped.threads import LentThread, end_idle
+from scoped.serving import threads
+from scoped.serving.threads import LentThread, end_idle
 from tests.connection import Connection
 from tests.views import Views
 

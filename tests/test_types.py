@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_layers import CORE
+from tests.test_layers import CORE, MODULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,7 +208,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
     assert len(expected) == 25
 
     def plain(name: str) -> str:
-        return re.sub(r"(?:program|builtins|scoped\.\w+)\.", "", name)
+        return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+)\.", "", name)
 
     assert {number: plain(name) for number, name in found.items()} == expected
 
@@ -232,7 +232,7 @@ def test_a_wrong_use_is_an_error(checker: str, tmp_path: Path) -> None:
 @CHECKERS
 @pytest.mark.timeout(300)
 def test_the_core_is_clean_in_strict_mode(checker: str, tmp_path: Path) -> None:
-    modules = [f"scoped/{name}.py" for name in CORE]
+    modules = [str(MODULES[name].relative_to(ROOT)) for name in CORE]
     options = (
         ["--strict", "--cache-dir", str(tmp_path / "cache")]
         if checker == "mypy"

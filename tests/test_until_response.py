@@ -36,7 +36,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 from tests.connection import Connection
 from tests.views import Views
 from tests.wsgi_server import call
@@ -657,7 +657,7 @@ async def test_it_sees_what_middleware_raised_though_the_app_is_not_installed():
         raise ValueError
 
     around.append(fails)
-    from scoped import receivers
+    from scoped.serving import receivers
 
     connected = got_request_exception.receivers
     got_request_exception.receivers = []

@@ -33,12 +33,12 @@ from scoped import (
     TeardownError,
     current_scope,
     lifespan_scoped,
-    lifespans,
     request_scope,
     request_scoped,
 )
-from scoped.scopes import current
-from scoped.waiting import run_without_loop
+from scoped.core import lifespan as lifespans
+from scoped.core.scope import current
+from scoped.core.waits import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
 from tests.views import Views

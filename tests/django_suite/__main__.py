@@ -114,8 +114,8 @@ def put_ours_in_place() -> dict[str, Any]:
     import django.core.handlers.wsgi
     import django.core.wsgi
 
-    from scoped import receivers
     from scoped.asgi import ScopedASGIHandler
+    from scoped.serving import receivers
 
     handler = counting(ScopedASGIHandler)
     # Before the next import: Django's static files handler takes its base from here.

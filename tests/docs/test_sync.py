@@ -15,15 +15,10 @@ from django.core.servers.basehttp import WSGIServer
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from scoped import (
-    AsyncResourceError,
-    lifespan_scoped,
-    lifespans,
-    request_scope,
-    request_scoped,
-)
+from scoped import AsyncResourceError, lifespan_scoped, request_scope, request_scoped
+from scoped.core import lifespan as lifespans
+from scoped.core.waits import run_without_loop
 from scoped.testing import Client
-from scoped.waiting import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler
 from tests.docs.project import urls
 from tests.wsgi_server import call
@@ -278,7 +273,7 @@ async def another_thread(user):
     ],
 )
 async def test_it_says_what_the_table_says(number, how, monkeypatch):
-    monkeypatch.setattr("scoped.scopes._LOOP_PATIENCE", 0.01)
+    monkeypatch.setattr("scoped.core.scope._LOOP_PATIENCE", 0.01)
 
     @request_scoped
     async def user():

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from scoped import lifespan_scoped, request_scoped
 from scoped.asgi import get_asgi_application
-from scoped.requests import ServedScope
+from scoped.core.request import ServedScope
 
 POOL_SIZE = 5
 ACQUIRE_TIMEOUT = float(os.environ.get("ACQUIRE_TIMEOUT", "5"))

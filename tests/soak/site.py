@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 
 from scoped import ScopeClosedError, lifespan_scoped, request_scoped
 from scoped.asgi import get_asgi_application
-from scoped.scopes import Scope
+from scoped.core.scope import Scope
 from tests.connection import Connection
 from tests.soak import dice
 from tests.soak.ledger import ExhaustedError, PlannedError, Watch, is_expected, is_fault, ledger

@@ -8,8 +8,8 @@ from typing import Any
 from django.core.management.base import BaseCommand
 
 from scoped.checks import declared_resources, path_from_here
-from scoped.lifespans import eager
-from scoped.resources import Resource
+from scoped.core.lifespan import eager
+from scoped.core.resource import Resource
 
 _NONE = (
     "No resource is declared. Decorate a factory with @request_scoped or @lifespan_scoped, in the "

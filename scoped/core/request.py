@@ -6,16 +6,17 @@ import asyncio
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from scoped import events
-from scoped.exceptions import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
-from scoped.lifespans import LifespanScope, lifespans
-from scoped.releases import others_released, releasing
-from scoped.scopes import Lifetime, Scope, current, scope_here
-from scoped.setups import SetUp
-from scoped.waiting import ForkSafeLock, current_task, run_without_loop, running_loop
+from scoped.core import observer
+from scoped.core.errors import LifetimeError, NoScopeError, ScopeClosedError, TeardownError
+from scoped.core.lifespan import LifespanScope, lifespans
+from scoped.core.record import SetUp
+from scoped.core.release import others_released, releasing
+from scoped.core.resource import Lifetime
+from scoped.core.scope import Scope, current, scope_here
+from scoped.core.waits import ForkSafeLock, current_task, run_without_loop, running_loop
 
 if TYPE_CHECKING:
-    from scoped.resources import Resource
+    from scoped.core.resource import Resource
 
 __all__ = [
     "RequestScope",
@@ -136,7 +137,7 @@ class RequestScope(Scope):
         self._open(task.get_loop(), task)
         if lifespans:
             self._find_lifespan()
-        if events.observer is not None:
+        if observer.observer is not None:
             self.tell_of_opening()
         return self
 

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from scoped.resources import Resource
-    from scoped.scopes import Scope
+    from scoped.core.resource import Resource
+    from scoped.core.scope import Scope
 
 __all__ = ["Observer", "observer"]
 

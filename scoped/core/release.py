@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from scoped.exceptions import AsyncResourceError
-from scoped.scopes import Scope, asker_here
-from scoped.teardown import Elsewhere, Keeper
-from scoped.waiting import current_task, run_without_loop
+from scoped.core.errors import AsyncResourceError
+from scoped.core.scope import Scope, asker_here
+from scoped.core.teardown import Elsewhere, Keeper
+from scoped.core.waits import current_task, run_without_loop
 
 if TYPE_CHECKING:
-    from scoped.resources import Resource
+    from scoped.core.resource import Resource
 
 __all__ = ["others_released", "release", "release_sync", "releasing"]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from scoped.exceptions import CircularResourceError
+from scoped.core.errors import CircularResourceError
 
 if TYPE_CHECKING:
-    from scoped.resources import Resource
-    from scoped.scopes import Scope
+    from scoped.core.resource import Resource
+    from scoped.core.scope import Scope
 
 __all__ = ["Latch", "SetUp"]
 

@@ -1,30 +1,22 @@
 """
-``Resource``, the frozen recipe, and the decorators that make one of a factory.
+The decorators that make a resource of a factory.
 
-The decorators return a plain function, so that ``await db()`` costs one
-closure's coroutine, and ``async_to_sync(db)`` works as for any other. Its
-recipe is its attribute ``resource``.
+They return a plain function, so that ``await db()`` costs one closure's coroutine, and
+``async_to_sync(db)`` works as for any other. Its recipe is its attribute ``resource``.
 """
 
-import sys
-from asyncio import get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
-from weakref import WeakSet
+from typing import Any, Literal, Protocol, TypeVar, overload
 
-from scoped import releases
-from scoped.factories import Factory
-from scoped.lifespans import eager
-from scoped.requests import scope_for, scope_holding
-from scoped.scopes import Lifetime, current
+from scoped.core.access import async_access, sync_access
+from scoped.core.factory import Factory
+from scoped.core.lifespan import eager
+from scoped.core.resource import Lifetime, Resource
 
 __all__ = [
     "AsyncRequestResource",
     "AsyncResource",
-    "Resource",
     "SyncRequestResource",
     "SyncResource",
     "lifespan_scoped",
@@ -33,21 +25,6 @@ __all__ = [
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Resource(Generic[T_co]):
-    """What is known of a resource without setting it up. Never changes."""
-
-    factory: Factory
-    lifetime: Lifetime
-
-    def __str__(self) -> str:
-        return str(self.factory)
-
-
-# For the system checks and `manage.py scoped`; one declared in a function ends with it.
-declared: WeakSet[Resource[Any]] = WeakSet()
 
 
 class AsyncResource(Protocol[T_co]):
@@ -202,126 +179,12 @@ def lifespan_scoped(factory: Callable[[], Any] | None = None, /, *, eager: bool 
 
 def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = False) -> Any:
     resource: Resource[Any] = Resource(Factory.of(function), lifetime)
-    declared.add(resource)
-    make = _async_resource if resource.factory.is_async else _sync_resource
+    Resource.declared.add(resource)
+    make = async_access if resource.factory.is_async else sync_access
     access = make(resource)
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(access, name, getattr(function, name))
     access.resource = resource
     if is_eager:
         eager.append(access)
-    return access
-
-
-_get_current = cast("Callable[[], Any]", current.get)
-
-# An async value is for its own event loop only. Which one runs is cheaper to learn from the thread
-# before Python 3.12.
-_BY_LOOP = sys.version_info >= (3, 12)
-
-# Each has a short way, for a value that is there, which pays for nothing else. What is not there
-# goes the long way, and so does what a factory asks for: scope_for() notes who asks.
-
-
-def _async_resource(resource: Resource[Any]) -> Any:
-    get_current = _get_current
-
-    async def of_request() -> Any:
-        scope = get_current()
-        try:
-            if scope.loop is get_running_loop():
-                return scope.values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return await scope_for(resource).get(resource)
-
-    async def of_request_by_thread() -> Any:
-        scope = get_current()
-        try:
-            if scope.thread == get_ident():
-                return scope.values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return await scope_for(resource).get(resource)
-
-    async def of_lifespan() -> Any:
-        try:
-            lifespan = get_current().lifespan
-            if lifespan.loop is get_running_loop():
-                return lifespan.values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return await scope_for(resource).get(resource)
-
-    async def of_lifespan_by_thread() -> Any:
-        try:
-            lifespan = get_current().lifespan
-            if lifespan.thread == get_ident():
-                return lifespan.values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return await scope_for(resource).get(resource)
-
-    async def of_response() -> Any:
-        return await scope_for(resource).get(resource)
-
-    def get_nowait() -> Any:
-        return scope_for(resource).get_nowait(resource)
-
-    async def release() -> None:
-        if (scope := scope_holding(resource)) is not None:
-            await releases.release(scope, resource)
-
-    def stand_in(other: Resource[Any]) -> None:
-        nonlocal resource
-        resource = other
-
-    if resource.lifetime is Lifetime.REQUEST:
-        access: Any = of_request if _BY_LOOP else of_request_by_thread
-    elif resource.lifetime is Lifetime.LIFESPAN:
-        access = of_lifespan if _BY_LOOP else of_lifespan_by_thread
-    else:
-        access = of_response
-    access.get_nowait, access.stand_in = get_nowait, stand_in
-    if resource.lifetime is not Lifetime.LIFESPAN:
-        access.release = release
-    return access
-
-
-def _sync_resource(resource: Resource[Any]) -> Any:
-    get_current = _get_current
-
-    def of_request() -> Any:
-        try:
-            return get_current().values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return scope_for(resource).get_sync(resource)
-
-    def of_lifespan() -> Any:
-        try:
-            return get_current().lifespan.values[resource]
-        except (KeyError, AttributeError):
-            pass
-        return scope_for(resource).get_sync(resource)
-
-    def of_response() -> Any:
-        return scope_for(resource).get_sync(resource)
-
-    def release() -> None:
-        if (scope := scope_holding(resource)) is not None:
-            releases.release_sync(scope, resource)
-
-    def stand_in(other: Resource[Any]) -> None:
-        nonlocal resource
-        resource = other
-
-    access: Any = {
-        Lifetime.REQUEST: of_request,
-        Lifetime.LIFESPAN: of_lifespan,
-        Lifetime.RESPONSE: of_response,
-    }[resource.lifetime]
-    access.stand_in = stand_in
-    if resource.lifetime is not Lifetime.LIFESPAN:
-        access.release = release
     return access

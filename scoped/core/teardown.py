@@ -11,11 +11,11 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from scoped.waiting import hop, outlast
+from scoped.core.waits import hop, outlast
 
 if TYPE_CHECKING:
-    from scoped.resources import Resource
-    from scoped.scopes import Scope
+    from scoped.core.resource import Resource
+    from scoped.core.scope import Scope
 
 __all__ = ["Elsewhere", "Keeper", "finish", "finish_elsewhere", "finish_in_time"]
 

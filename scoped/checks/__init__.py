@@ -17,9 +17,9 @@ from django.core.checks import CheckMessage
 from django.urls import get_resolver
 from django.utils.version import get_version_tuple
 
-from scoped import conf, resources
-from scoped.resources import Resource
-from scoped.yields import first_skipped_line
+from scoped import conf
+from scoped.checks.yields import first_skipped_line
+from scoped.core.resource import Resource
 
 __all__ = ["declared_resources", "path_from_here", "register"]
 
@@ -108,7 +108,7 @@ def declared_resources() -> list[Resource[Any]]:
     if getattr(settings, "ROOT_URLCONF", None):
         # Views may declare some, and Django's check that imports them may yet be to come.
         _ = get_resolver().urlconf_module
-    return sorted(resources.declared, key=_place)
+    return sorted(Resource.declared, key=_place)
 
 
 def _place(resource: Resource[Any]) -> tuple[str, int, str]:

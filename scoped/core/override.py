@@ -8,9 +8,10 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from scoped.exceptions import FactoryError
-from scoped.factories import Factory
-from scoped.resources import AsyncResource, Resource, SyncResource
+from scoped.core.declare import AsyncResource, SyncResource
+from scoped.core.errors import FactoryError
+from scoped.core.factory import Factory
+from scoped.core.resource import Resource
 
 __all__ = ["override"]
 

@@ -12,9 +12,10 @@ from contextvars import Context, copy_context
 from types import TracebackType
 from typing import Any, Self
 
-from scoped.scopes import Lifetime, Scope, current
-from scoped.setups import SetUp
-from scoped.waiting import (
+from scoped.core.record import SetUp
+from scoped.core.resource import Lifetime
+from scoped.core.scope import Scope, current
+from scoped.core.waits import (
     ForkSafeLock,
     current_task,
     outlast,

@@ -4,8 +4,8 @@ import gc
 from dataclasses import dataclass
 from time import perf_counter
 
-from scoped.requests import ResponseScope
-from scoped.scopes import Scope
+from scoped.core.request import ResponseScope
+from scoped.core.scope import Scope
 
 __all__ = ["OpenScope", "inspect", "open_scopes", "picture"]
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from scoped.exceptions import FactoryError
+from scoped.core.errors import FactoryError
 
 __all__ = ["Factory"]
 

@@ -12,11 +12,11 @@ from django.conf import settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import response_for_exception
 
-from scoped.exceptions import TeardownError
-from scoped.receivers import note_failure
-from scoped.requests import RequestScope
-from scoped.scopes import scope_here
-from scoped.waiting import run_without_loop
+from scoped.core.errors import TeardownError
+from scoped.core.request import RequestScope
+from scoped.core.scope import scope_here
+from scoped.core.waits import run_without_loop
+from scoped.serving.receivers import note_failure
 
 __all__ = ["ScopedHandler", "close_resources", "close_stream"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext
 
-from scoped.exceptions import TeardownError
-from scoped.requests import RequestScope
-from scoped.scopes import Scope, scope_here
-from scoped.threads import LentThread, tidy
-from scoped.waiting import hop, running_loop
+from scoped.core.errors import TeardownError
+from scoped.core.request import RequestScope
+from scoped.core.scope import Scope, scope_here
+from scoped.core.waits import hop, running_loop
+from scoped.serving.threads import LentThread, tidy
 
 __all__ = ["spawn"]
 

@@ -34,39 +34,33 @@ import logging
 from collections.abc import Awaitable, Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
-from enum import Enum
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeAlias
 
-from scoped import events
-from scoped.exceptions import (
+from scoped.core import observer
+from scoped.core.errors import (
     AsyncResourceError,
     CircularResourceError,
     ScopeClosedError,
     ScopedError,
     TeardownError,
 )
-from scoped.setups import Latch, SetUp
-from scoped.teardown import Elsewhere, Keeper, finish, finish_elsewhere
-from scoped.waiting import ForkSafeLock, current_task, outlast, running_loop
+from scoped.core.record import Latch, SetUp
+from scoped.core.resource import Lifetime
+from scoped.core.teardown import Elsewhere, Keeper, finish, finish_elsewhere
+from scoped.core.waits import ForkSafeLock, current_task, outlast, running_loop
 
 if TYPE_CHECKING:
-    from scoped.lifespans import LifespanScope
-    from scoped.releases import Release
-    from scoped.resources import Resource
+    from scoped.core.lifespan import LifespanScope
+    from scoped.core.release import Release
+    from scoped.core.resource import Resource
 
-__all__ = ["Lifetime", "Scope", "asker_here", "current", "scope_here"]
+__all__ = ["Scope", "asker_here", "current", "scope_here"]
 
 _Generators: TypeAlias = "tuple[Resource[Any], Any, _Generators | None]"
 
 logger = logging.getLogger("scoped")
-
-
-class Lifetime(Enum):
-    RESPONSE = "response"
-    REQUEST = "request"
-    LIFESPAN = "lifespan"
 
 
 # The open scope; while a factory runs, its set-up, which knows the scope. A factory's child tasks
@@ -317,7 +311,7 @@ class Scope:
         if asker is not None:
             asker.need_new(set_up)
         error: BaseException | None = None
-        began = 0.0 if events.observer is None else perf_counter()
+        began = 0.0 if observer.observer is None else perf_counter()
         current.set(set_up)
         try:
             generator, coming = resource.factory.start()
@@ -354,10 +348,10 @@ class Scope:
     def _tell_of_set_up(
         self, set_up: SetUp, began: float, error: BaseException | None, asker: SetUp | None
     ) -> None:
-        if (observer := events.observer) is not None:
+        if (told := observer.observer) is not None:
             asked_by = set_up.asked_by if asker is None else asker.resource
             seconds = perf_counter() - began
-            observer.resource_set_up(set_up.resource, self.visible, seconds, error, asked_by)
+            told.resource_set_up(set_up.resource, self.visible, seconds, error, asked_by)
 
     def _begin(self, set_up: SetUp) -> None:
         if self.pending is None:
@@ -415,7 +409,7 @@ class Scope:
         resource = set_up.resource
         error: BaseException | None = None
         keeper: Keeper | None = None
-        began = 0.0 if events.observer is None else perf_counter()
+        began = 0.0 if observer.observer is None else perf_counter()
         current.set(set_up)
         try:
             generator, coming = resource.factory.start()
@@ -549,7 +543,7 @@ class Scope:
             asker.need(set_up)
         outer = current.get()
         error: BaseException | None = None
-        began = 0.0 if events.observer is None else perf_counter()
+        began = 0.0 if observer.observer is None else perf_counter()
         try:
             if context is None:
                 current.set(set_up)
@@ -617,8 +611,8 @@ class Scope:
 
     def tell_of_opening(self) -> None:
         """Once all is in place: whoever hears of it may use it."""
-        if (observer := events.observer) is not None:
-            observer.scope_opened(self)
+        if (told := observer.observer) is not None:
+            told.scope_opened(self)
 
     def leave(self) -> None:
         """Make the scope around this one current again, if it is still open."""
@@ -697,7 +691,7 @@ class Scope:
         cancellation too: others follow.
         """
         rest: Coroutine[Any, Any, None] | None
-        began = 0.0 if events.observer is None else perf_counter()
+        began = 0.0 if observer.observer is None else perf_counter()
         generators = self.generators
         try:
             if other is not None:
@@ -766,15 +760,15 @@ class Scope:
             if isinstance(error, Exception):
                 error.add_note(f"while {resource} was torn down")
             problems.append(error)
-        if began and (observer := events.observer) is not None:
+        if began and (told := observer.observer) is not None:
             seconds = perf_counter() - began
-            observer.resource_torn_down(resource, self.visible, seconds, error)
+            told.resource_torn_down(resource, self.visible, seconds, error)
 
     def _let_go(self, failure: BaseException | None = None) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
-        if (observer := events.observer) is not None and self.visible is self:
-            observer.scope_closed(self, perf_counter() - self.opened, failure)
+        if (told := observer.observer) is not None and self.visible is self:
+            told.scope_closed(self, perf_counter() - self.opened, failure)
         self.failure = self.owner = self.uses = self.request = self.response = None
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a

@@ -1,0 +1,127 @@
+"""What ``await db()`` and ``tenant()`` run: one closure for each resource."""
+
+import sys
+from asyncio import get_running_loop
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, cast
+
+from scoped.core import release as releases
+from scoped.core.request import scope_for, scope_holding
+from scoped.core.resource import Lifetime, Resource
+from scoped.core.scope import current
+
+__all__ = ["async_access", "sync_access"]
+
+_get_current = cast("Callable[[], Any]", current.get)
+
+# An async value is for its own event loop only. Which one runs is cheaper to learn from the thread
+# before Python 3.12.
+_BY_LOOP = sys.version_info >= (3, 12)
+
+# Each has a short way, for a value that is there, which pays for nothing else. What is not there
+# goes the long way, and so does what a factory asks for: scope_for() notes who asks.
+
+
+def async_access(resource: Resource[Any]) -> Any:
+    get_current = _get_current
+
+    async def of_request() -> Any:
+        scope = get_current()
+        try:
+            if scope.loop is get_running_loop():
+                return scope.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    async def of_request_by_thread() -> Any:
+        scope = get_current()
+        try:
+            if scope.thread == get_ident():
+                return scope.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    async def of_lifespan() -> Any:
+        try:
+            lifespan = get_current().lifespan
+            if lifespan.loop is get_running_loop():
+                return lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    async def of_lifespan_by_thread() -> Any:
+        try:
+            lifespan = get_current().lifespan
+            if lifespan.thread == get_ident():
+                return lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return await scope_for(resource).get(resource)
+
+    async def of_response() -> Any:
+        return await scope_for(resource).get(resource)
+
+    def get_nowait() -> Any:
+        return scope_for(resource).get_nowait(resource)
+
+    async def release() -> None:
+        if (scope := scope_holding(resource)) is not None:
+            await releases.release(scope, resource)
+
+    def stand_in(other: Resource[Any]) -> None:
+        nonlocal resource
+        resource = other
+
+    if resource.lifetime is Lifetime.REQUEST:
+        access: Any = of_request if _BY_LOOP else of_request_by_thread
+    elif resource.lifetime is Lifetime.LIFESPAN:
+        access = of_lifespan if _BY_LOOP else of_lifespan_by_thread
+    else:
+        access = of_response
+    access.get_nowait, access.stand_in = get_nowait, stand_in
+    if resource.lifetime is not Lifetime.LIFESPAN:
+        access.release = release
+    return access
+
+
+def sync_access(resource: Resource[Any]) -> Any:
+    get_current = _get_current
+
+    def of_request() -> Any:
+        try:
+            return get_current().values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return scope_for(resource).get_sync(resource)
+
+    def of_lifespan() -> Any:
+        try:
+            return get_current().lifespan.values[resource]
+        except (KeyError, AttributeError):
+            pass
+        return scope_for(resource).get_sync(resource)
+
+    def of_response() -> Any:
+        return scope_for(resource).get_sync(resource)
+
+    def release() -> None:
+        if (scope := scope_holding(resource)) is not None:
+            releases.release_sync(scope, resource)
+
+    def stand_in(other: Resource[Any]) -> None:
+        nonlocal resource
+        resource = other
+
+    access: Any = {
+        Lifetime.REQUEST: of_request,
+        Lifetime.LIFESPAN: of_lifespan,
+        Lifetime.RESPONSE: of_response,
+    }[resource.lifetime]
+    access.stand_in = stand_in
+    if resource.lifetime is not Lifetime.LIFESPAN:
+        access.release = release
+    return access

@@ -1,0 +1,1 @@
+"""One request under any handler: opened, served, ended. Stands on the core."""
