@@ -537,10 +537,43 @@ MUTATIONS = [
     ),
     mutation(
         "a background task uses the request's thread",
+        ("serving/background", "with LentThread(tidy) as thread:", "if thread := LentThread(tidy):"),
+    ),
+    # Threads
+    mutation(
+        "a thread is lent again whose request was cut off",
+        ("serving/exchange", "            self.thread.lend_again = False  #", "            pass  #"),
+    ),
+    mutation(
+        "a thread is lent again whose background task has failed",
+        ("serving/background", "            thread.lend_again = False\n", ""),
+    ),
+    mutation(
+        "an idle thread holds a transaction that nobody ended",
+        ("serving/exchange", "            self.thread.leave()\n", "            pass\n"),
+    ),
+    mutation(
+        "a thread that ends leaves its connections to the garbage collector",
+        ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
+    ),
+    mutation(
+        "a thread keeps the Context of the request that it was started for",
+        ("serving/threads", "Context().run(self.thread.start)", "self.thread.start()"),
+    ),
+    mutation(
+        "a thread seems busy when its last work has been heard of",
         (
-            "serving/background",
-            "ThreadSensitiveContext(executor=thread)",
-            "ThreadSensitiveContext()",
+            "serving/threads",
+            "        self.done += 1  # before",
+            "        import time; time.sleep(0.01); self.done += 1  # before",
+        ),
+    ),
+    mutation(
+        "what Sentry patches is gone round",
+        (
+            "asgi",
+            "await super().__call__(scope, receive, send)",
+            "await self.handle(scope, receive, send)",
         ),
     ),
     mutation(

@@ -7,8 +7,6 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
-from asgiref.sync import ThreadSensitiveContext
-
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.scope import Scope, scope_here
@@ -85,23 +83,21 @@ def _ended(
 
 async def _run(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object], name: str) -> None:
     scope.owner = asyncio.current_task()
-    thread = LentThread(tidy)  # the request's own may be another request's by then
     failure: BaseException | None = None
-    try:
-        async with ThreadSensitiveContext(executor=thread):
-            try:
-                await coroutine
-            except BaseException as error:
-                failure = error
-            try:
-                await scope.close(failure)
-            except TeardownError as error:
-                logger.error("The background task %s: %s", name, error, exc_info=error)
-            finally:
-                if thread.is_taken:
-                    await hop(tidy)
-    finally:
-        thread.give_back()
+    with LentThread(tidy) as thread:  # the request's own may be another request's by then
+        try:
+            await coroutine
+        except BaseException as error:
+            failure = error
+            thread.lend_again = False
+        try:
+            await scope.close(failure)
+        except TeardownError as error:
+            logger.error("The background task %s: %s", name, error, exc_info=error)
+        finally:
+            if thread.is_taken:
+                await hop(tidy)
+                await hop(thread.leave)
     try:
         if isinstance(failure, Exception):
             logger.error("The background task %s failed: %r", name, failure, exc_info=failure)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from asgiref.sync import AsyncToSync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync
 from django.core.cache import caches, close_caches
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
@@ -134,15 +134,13 @@ class Exchange:
     # In the child task
 
     async def run(self) -> None:
-        if getattr(AsyncToSync.executors, "current", None) is None:
-            self.thread = LentThread()
-        # Else sync code, a test's say, waits for this request, and what is sync runs in its thread.
-        try:
-            async with ThreadSensitiveContext(executor=self.thread):
-                await self.run_in_context()
-        finally:
-            if self.thread is not None:
-                self.thread.give_back()
+        if getattr(AsyncToSync.executors, "current", None) is not None:
+            # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
+            await self.run_in_context()
+            return
+        self.thread = self.handler.lend_thread()
+        with self.thread:
+            await self.run_in_context()
 
     async def run_in_context(self) -> None:
         around, request_scope = scope_here(), None
@@ -163,6 +161,8 @@ class Exchange:
         # moment behind in this Context: the hops to come would find it broken.
         if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
             AsyncToSync.executors.current = sync_parent
+        if self.thread is not None and (self.cancelled or failure is not None):
+            self.thread.lend_again = False  # what its code would have cleaned up is still there
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
@@ -303,6 +303,8 @@ class Exchange:
         outcomes: list[Outcome] = []
         call_all(receivers, outcomes, request_finished, type(self.handler))
         self.note(outcomes)
+        if self.thread is not None:
+            self.thread.leave()
 
     def note(self, outcomes: Iterable[Outcome]) -> None:
         self.problems.extend(error for _, _, error in outcomes if error is not None)
