@@ -537,12 +537,20 @@ MUTATIONS = [
     ),
     mutation(
         "a background task uses the request's thread",
-        ("serving/background", "with LentThread(tidy) as thread:", "if thread := LentThread(tidy):"),
+        (
+            "serving/background",
+            "with LentThread(tidy) as thread:",
+            "if thread := LentThread(tidy):",
+        ),
     ),
     # Threads
     mutation(
         "a thread is lent again whose request was cut off",
-        ("serving/exchange", "            self.thread.lend_again = False  #", "            pass  #"),
+        (
+            "serving/exchange",
+            "            self.thread.lend_again = False  #",
+            "            pass  #",
+        ),
     ),
     mutation(
         "a thread is lent again whose background task has failed",
@@ -555,10 +563,6 @@ MUTATIONS = [
     mutation(
         "a thread that ends leaves its connections to the garbage collector",
         ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
-    ),
-    mutation(
-        "a thread keeps the Context of the request that it was started for",
-        ("serving/threads", "Context().run(self.thread.start)", "self.thread.start()"),
     ),
     mutation(
         "a thread seems busy when its last work has been heard of",
