@@ -19,6 +19,7 @@ from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
+from scoped.serving.supervisor import supervise
 from scoped.serving.threads import end_idle
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
@@ -64,8 +65,7 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
         except RequestAborted:
             return
         with closing(body_file):
-            exchange = Exchange(self, scope, body_file, send)
-            await exchange.supervise(receive)
+            await supervise(Exchange(self, scope, body_file, send), receive)
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""
