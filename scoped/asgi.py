@@ -20,7 +20,7 @@ from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
 from scoped.serving.supervisor import supervise
-from scoped.serving.threads import end_idle
+from scoped.serving.threads import LentThread, end_idle
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -54,10 +54,9 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _serve_lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self.handle(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)  # says what it does not serve
+            # Django's own is what Sentry, New Relic and others patch.
+            await super().__call__(scope, receive, send)
 
     async def handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
@@ -66,6 +65,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
             return
         with closing(body_file):
             await supervise(Exchange(self, scope, body_file, send), receive)
+
+    def lend_thread(self) -> LentThread:
+        """For the sync code of one request."""
+        return LentThread()
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""

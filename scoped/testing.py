@@ -27,6 +27,7 @@ from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect, tells_of_response
+from scoped.serving.threads import LentThread
 
 __all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
 
@@ -152,6 +153,11 @@ class ASGIClientHandler(ScopedASGIHandler):
         # clients they are left open.
         sync_receivers, async_receivers = super().receivers_of(signal)
         return [one for one in sync_receivers if one is not close_old_connections], async_receivers
+
+    def lend_thread(self) -> LentThread:
+        # Where it is not the test's own, its connections end with the request: a test database
+        # cannot be dropped while anybody is connected to it.
+        return LentThread(lend_again=False)
 
     async def send_response(self, response: HttpResponseBase, send: Any) -> None:
         self.conversation.response = response

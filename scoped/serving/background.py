@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from asgiref.sync import ThreadSensitiveContext
-
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope, scope_here
@@ -169,30 +167,25 @@ async def _work(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object])
         coroutine.close()  # it may never have begun
 
 
-async def _close(
-    scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None
-) -> None:
+async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
     """Do the work, if there is any, and close its scope, with a thread of its own for both."""
-    thread = LentThread(tidy)  # the request's own may be another request's by then
     failure: BaseException | None = None
-    try:
-        async with ThreadSensitiveContext(executor=thread):
-            try:
-                if work is not None:
-                    await work
-            except BaseException as error:
-                failure = error
-            try:
-                if thread.is_busy:
-                    await sync_code_ended(thread, scope)
-                await scope.close(failure)
-            except TeardownError as error:
-                logger.error("The background task %s: %s", name, error, exc_info=error)
-            finally:
-                if thread.is_taken:
-                    await in_thread(thread, tidy, f"What tidies the thread of {scope}")
-    finally:
-        thread.give_back()
+    with LentThread(tidy) as thread:  # the request's own may be another request's by then
+        try:
+            if work is not None:
+                await work
+        except BaseException as error:
+            failure = error
+            thread.lend_again = False
+        try:
+            if thread.is_busy:
+                await sync_code_ended(thread, scope)
+            await scope.close(failure)
+        except TeardownError as error:
+            logger.error("The background task %s: %s", name, error, exc_info=error)
+        finally:
+            if thread.is_taken:
+                await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
     try:
         if isinstance(failure, Exception):
             logger.error("The background task %s failed: %r", name, failure, exc_info=failure)
@@ -200,3 +193,8 @@ async def _close(
             raise failure
     finally:
         del failure  # no cycle with this frame
+
+
+def _leave(thread: LentThread) -> None:
+    tidy()
+    thread.leave()

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import AsyncToSync, ThreadSensitiveContext, sync_to_async
+from asgiref.sync import AsyncToSync, sync_to_async
 from django.core.cache import caches, close_caches
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
@@ -114,15 +114,13 @@ class Exchange:
     # In the request's task
 
     async def run(self) -> None:
-        if getattr(AsyncToSync.executors, "current", None) is None:
-            self.thread = LentThread()
-        # Else sync code, a test's say, waits for this request, and what is sync runs in its thread.
-        try:
-            async with ThreadSensitiveContext(executor=self.thread):
-                await self.run_in_context()
-        finally:
-            if self.thread is not None:
-                self.thread.give_back()
+        if getattr(AsyncToSync.executors, "current", None) is not None:
+            # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
+            await self.run_in_context()
+            return
+        self.thread = self.handler.lend_thread()
+        with self.thread:
+            await self.run_in_context()
 
     async def run_in_context(self) -> None:
         around, request_scope = scope_here(), None
@@ -143,6 +141,11 @@ class Exchange:
         # moment behind in this Context: the hops to come would find it broken.
         if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
             AsyncToSync.executors.current = sync_parent
+        seen = failure if request_scope is None else request_scope.failure or failure
+        if self.thread is not None and (
+            self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
+        ):
+            self.thread.lend_again = False  # what its code would have cleaned up is still there
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
@@ -225,8 +228,10 @@ class Exchange:
         """
         self.uncancel()
         whose = request_scope or "the request"
-        if self.thread is not None and self.thread.is_busy:
-            await sync_code_ended(self.thread, whose)
+        if self.thread is not None:
+            self.thread.lend_again = False
+            if self.thread.is_busy:
+                await sync_code_ended(self.thread, whose)
         if request_scope is not None:
             drop_waiting(request_scope)
             try:
@@ -367,6 +372,8 @@ class Exchange:
             outcomes: list[Outcome] = []
             call_all(receivers, outcomes, request_finished, type(self.handler))
             self.problems.extend(error for _, _, error in outcomes if error is not None)
+            if self.thread is not None:
+                self.thread.leave()
 
 
 def _nothing() -> None: ...

@@ -17,14 +17,12 @@ from weakref import WeakSet
 import django
 from asgiref.sync import SyncToAsync, async_to_sync
 from django.core.signals import got_request_exception, request_finished, request_started
-from django.db import close_old_connections
 from django.dispatch import Signal
 
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
-from scoped.serving.threads import tidiers
 
 __all__ = [
     "close",
@@ -36,8 +34,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("scoped")
-
-tidiers.append(close_old_connections)
 
 _our_handlers: WeakSet[type] = WeakSet()
 # Of the handlers that are served by sync receivers, those which call end_response().
