@@ -12,7 +12,7 @@ from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope, scope_here
 from scoped.core.waits import running_loop
-from scoped.serving.ending import in_thread, sync_code_ended
+from scoped.serving.bounds import in_thread, sync_code_ended
 from scoped.serving.threads import LentThread, tidy
 
 __all__ = ["begin_waiting", "drop_waiting", "spawn"]

@@ -1,21 +1,13 @@
-"""
-What ends a request and its response, each step bounded: whatever of the project's runs
-there (a stream's ``finally``, a receiver of ``request_finished``, a response's closers)
-may take as long as a teardown may, and holds nothing up for ever.
-"""
+"""What ends a response, whatever it is made of and whatever it overrides."""
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from contextvars import Context, copy_context
 from typing import Any, cast
 
 from django.http.response import HttpResponseBase
 
-from scoped.core.scope import Scope
-from scoped.core.waits import hop, outlast
-from scoped.serving.threads import LentThread
+from scoped.serving.bounds import in_time
 
 __all__ = [
     "close_resources",
@@ -24,84 +16,9 @@ __all__ = [
     "closes_itself",
     "drop_stream",
     "in_place_of",
-    "in_thread",
-    "in_time",
-    "sync_code_ended",
 ]
 
 logger = logging.getLogger("scoped")
-
-
-async def in_time(step: Awaitable[None], what: str) -> None:
-    """
-    Await it. After ``TEARDOWN_TIMEOUT`` seconds it is cancelled, and cancelled again each
-    time that it has taken as long once more; then TimeoutError is raised.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    loop, seconds = task.get_loop(), Scope.teardown_timeout
-    before, overdue = task.cancelling(), 0
-
-    def expire() -> None:
-        nonlocal overdue, timer
-        overdue += 1
-        logger.error("%s still runs after %g seconds: cancelling it.", what, seconds * overdue)
-        task.cancel()
-        timer = loop.call_later(seconds, expire, context=Context())
-
-    timer = loop.call_later(seconds, expire, context=Context())
-    try:
-        await step
-    except asyncio.CancelledError:
-        if not overdue or task.cancelling() > before + overdue:
-            raise  # somebody else's
-    finally:
-        timer.cancel()
-        for _ in range(overdue):
-            task.uncancel()
-    if overdue:
-        raise TimeoutError(
-            f"{what} took longer than {seconds:g} seconds. Make it faster, or raise "
-            'SCOPED["TEARDOWN_TIMEOUT"].'
-        )
-
-
-async def in_thread(thread: LentThread | None, work: Callable[[], None], what: str) -> None:
-    """
-    Run it in the request's thread, in time. Where other work hangs there it is run when
-    that ends, should it ever, and not waited for.
-    """
-    if thread is None or not thread.is_busy:
-        await in_time(hop(work), what)
-        return
-    thread.submit(copy_context().run, _late, work, what)
-
-
-def _late(work: Callable[[], None], what: str) -> None:
-    try:
-        work()
-    except Exception as error:
-        logger.error("%s, late: %r", what, error, exc_info=error)
-
-
-async def sync_code_ended(thread: LentThread, whose: object) -> None:
-    """
-    Wait for sync code that runs on in its thread, as that of a view which was cancelled:
-    what it uses is not to be torn down under it, unless it takes too long.
-    """
-    what, seconds = f"The sync code of {whose}, which was cancelled,", Scope.teardown_timeout
-    ended = asyncio.wrap_future(thread.submit(_nothing))
-    cancellation = await outlast(ended, seconds=seconds)
-    if not ended.done():
-        logger.error("%s still runs after %g seconds, and is waited for no more.", what, seconds)
-    if cancellation is not None:
-        raise cancellation
-
-
-def _nothing() -> None: ...
-
-
-# The response
 
 
 async def close_stream(response: Any, whose: object) -> None:
@@ -147,14 +64,14 @@ def closes_itself(response: Any) -> bool:
     return cls.close is not HttpResponseBase.close or "close" in vars(response)
 
 
-def close_response(response: Any) -> None:
+def close_response(response: Any, own_close: Callable[[], None]) -> None:
     """
-    Call its ``close()``; where that does not come to the end of Django's own, which sends
-    ``request_finished``, do that too.
+    Call its own ``close()``; where that does not come to the end of Django's, which closes
+    everything and sends ``request_finished``, do that too.
     """
     response.closed = False  # it may have been served before
     try:
-        response.close()
+        own_close()
     finally:
         if not response.closed:
             HttpResponseBase.close(response)

@@ -23,6 +23,7 @@ from scoped.core.scope import scope_here
 from scoped.core.waits import hop
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
 from scoped.serving.background import begin_waiting, drop_waiting
+from scoped.serving.bounds import in_thread, in_time, sync_code_ended
 from scoped.serving.ending import (
     close_resources,
     close_response,
@@ -30,9 +31,6 @@ from scoped.serving.ending import (
     closes_itself,
     drop_stream,
     in_place_of,
-    in_thread,
-    in_time,
-    sync_code_ended,
 )
 from scoped.serving.handler import error_page, scope_of
 from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
@@ -365,7 +363,7 @@ class Exchange:
             if self.response is not None:
                 if closes_itself(self.response):
                     self.response._handler_class = type(self.handler)
-                    close_response(self.response)
+                    close_response(self.response, self.response.close)
                 else:
                     close_resources(self.response)
         finally:

@@ -5,7 +5,7 @@ response is ended when it has passed the middleware.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import CodeType
 from typing import Any
 
@@ -18,8 +18,9 @@ from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
-from scoped.serving.ending import close_resources, in_place_of
+from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
 from scoped.serving.receivers import note_failure
+from scoped.serving.streams import watch_without_loop
 
 __all__ = ["ScopedHandler", "error_page", "scope_of"]
 
@@ -53,7 +54,11 @@ class ScopedHandler(BaseHandler):
             except BaseException:
                 close_resources(response)  # nobody else will see it
                 raise
-            return in_place_of(response, page)
+            response = in_place_of(response, page)
+        if response.streaming:
+            watch_without_loop(response, scope)
+        if closes_itself(response) and getattr(response.close, "func", None) is not close_response:
+            response.close = partial(close_response, response, response.close)
         return response
 
 

@@ -1,18 +1,19 @@
-"""A stream that goes on for long, and keeps from others what its request has set up."""
+"""
+Streaming bodies: what they fail with, and those that go on for long and keep from others
+what their request has set up.
+"""
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import Context, copy_context
 from time import perf_counter
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from scoped.core.inspect import picture
 from scoped.core.request import RequestScope
 
-__all__ = ["LongStream"]
-
-T = TypeVar("T")
+__all__ = ["LongStream", "watch_without_loop"]
 
 logger = logging.getLogger("scoped")
 
@@ -47,12 +48,10 @@ class LongStream:
         if self.due is not None:
             self.watch()
 
-    def of(self, parts: Iterable[T]) -> Iterator[T]:
-        """Where there is none: the parts of the stream, looking at the clock after each."""
-        for part in parts:
-            yield part
-            if self.due is not None and perf_counter() >= self.due:
-                self._look()
+    def look_at_the_clock(self) -> None:
+        """Where there is no event loop: to be called after each part."""
+        if self.due is not None and perf_counter() >= self.due:
+            self._look()
 
     def _look(self) -> None:
         """Where it holds nothing now, it may later."""
@@ -70,3 +69,37 @@ class LongStream:
             now - self.began,
             ", ".join(held),
         )
+
+
+def watch_without_loop(response: Any, scope: RequestScope) -> None:
+    """Have the scope see what the response's stream fails with, and whether it is a long one."""
+    watch = _parts_async if response.is_async else _parts
+    # Not `streaming_content =`: of a file that the server sends in its own way, it would forget
+    # that it is one.
+    response._iterator = watch(response._iterator, response.make_bytes, scope)
+
+
+def _parts(iterator: Iterator[Any], make_bytes: Any, scope: RequestScope) -> Iterator[bytes]:
+    long_stream = LongStream(scope)
+    try:
+        for part in iterator:
+            yield make_bytes(part)
+            long_stream.look_at_the_clock()
+    except GeneratorExit:
+        raise  # the server has had enough
+    except BaseException as error:
+        scope.note_failure(error)
+        raise
+
+
+async def _parts_async(
+    iterator: AsyncIterator[Any], make_bytes: Any, scope: RequestScope
+) -> AsyncIterator[bytes]:
+    try:
+        async for part in iterator:
+            yield make_bytes(part)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        scope.note_failure(error)
+        raise
