@@ -6,12 +6,16 @@ For tests: Django's test clients, served by our handlers; ``override()``; and
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from copy import copy
+from inspect import unwrap
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, cast
 
+from asgiref.sync import SyncToAsync
 from django import test
+from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished
 from django.db import close_old_connections
 from django.dispatch import Signal
@@ -23,7 +27,7 @@ from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.override import override
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
+from scoped.core.scope import current, scope_here
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message
@@ -145,6 +149,21 @@ def assert_no_leaks() -> Generator[None, None, None]:
         )
 
 
+# What belongs to the request's own task.
+_NOT_ADOPTED = {current, SyncToAsync.thread_sensitive_context, SyncToAsync.deadlock_context}
+
+
+def _adopt(context: Context) -> None:
+    """
+    Django's client serves the request in the task of the test, which so sees what the
+    request has set in ContextVars.
+    """
+    for variable, value in context.items():
+        if variable not in _NOT_ADOPTED and variable.get(_adopt) is not value:
+            variable.set(value)
+    reset_urlconf(None)  # as at the end of each request
+
+
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.
 _open_requests: set[asyncio.Task[None]] = set()
 
@@ -166,7 +185,9 @@ class ASGIClientHandler(ScopedASGIHandler):
         # The database connections are the test's own, with its transaction: as with Django's
         # clients they are left open.
         sync_receivers, async_receivers = super().receivers_of(signal)
-        return [one for one in sync_receivers if one is not close_old_connections], async_receivers
+        # Some monitoring wraps each receiver.
+        sync_receivers = [one for one in sync_receivers if unwrap(one) is not close_old_connections]
+        return sync_receivers, async_receivers
 
     def lend_thread(self) -> LentThread:
         # Where it is not the test's own, its connections end with the request: a test database
@@ -175,6 +196,7 @@ class ASGIClientHandler(ScopedASGIHandler):
 
     async def send_response(self, response: HttpResponseBase, send: Any) -> None:
         self.conversation.response = response
+        self.conversation.context = copy_context()
         await super().send_response(response, send)
 
 
@@ -225,6 +247,7 @@ class _Conversation:
         self.enforce_csrf_checks = enforce_csrf_checks
         self.request: Any = None
         self.response: Any = None
+        self.context: Context | None = None  # the request's, when its response was there
         self.task: asyncio.Task[None] | None = None
         self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: no more
         self.reading = False  # a message has been taken and is not done with
@@ -256,11 +279,14 @@ class _Conversation:
         self.task.add_done_callback(_open_requests.discard)
         self.task.add_done_callback(lambda _: self.messages.put_nowait(None))
         try:
-            return await self.converse()
+            response = await self.converse()
         except BaseException:
             self.task.cancel()
             await outlast(self.task)
             raise
+        if self.context is not None:
+            _adopt(self.context)
+        return response
 
     async def converse(self) -> HttpResponseBase:
         assert self.task is not None

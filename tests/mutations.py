@@ -606,10 +606,6 @@ MUTATIONS = [
         ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
     ),
     mutation(
-        "a thread keeps the Context of the request that it was started for",
-        ("serving/threads", "Context().run(self.thread.start)", "self.thread.start()"),
-    ),
-    mutation(
         "a thread seems busy when its last work has been heard of",
         (
             "serving/threads",

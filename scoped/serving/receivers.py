@@ -11,11 +11,13 @@ run tasks in other people's requests, and its AsyncClient fail on streams.
 import asyncio
 import logging
 import sys
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakSet
 
 import django
 from asgiref.sync import SyncToAsync, async_to_sync
+from django.core.handlers.base import BaseHandler
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.dispatch import Signal
 
@@ -72,10 +74,39 @@ def connect_handler(handler: type) -> None:
 
 def connect() -> None:
     """Let requests of other handlers open and close a scope, as far as that can be done."""
+    _show_requests()
     _connect_first(request_started, open_foreign)
     # Before Django's close_old_connections: a teardown may still use the database.
     _connect_first(request_finished, close_foreign)
     got_request_exception.connect(_request_failed)
+
+
+@cache
+def _show_requests() -> None:
+    """
+    Let the scopes of other handlers know their request. No signal brings it, so this is
+    the one place where something of Django's is wrapped: what Sentry wraps for the same reason.
+    """
+    get_response, get_response_async = BaseHandler.get_response, BaseHandler.get_response_async
+
+    @wraps(get_response)
+    def shows_request(self: BaseHandler, request: Any) -> Any:
+        _show(request)
+        return get_response(self, request)
+
+    @wraps(get_response_async)
+    async def shows_request_async(self: BaseHandler, request: Any) -> Any:
+        _show(request)
+        return await get_response_async(self, request)
+
+    BaseHandler.get_response = shows_request  # type: ignore[method-assign]
+    BaseHandler.get_response_async = shows_request_async  # type: ignore[method-assign]
+
+
+def _show(request: Any) -> None:
+    scope = scope_here()
+    if isinstance(scope, _ForeignScope) and scope.is_open and scope.request is None:
+        scope.request = request
 
 
 def _connect_first(signal: Signal, receiver: Any) -> None:
