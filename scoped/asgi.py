@@ -19,6 +19,7 @@ from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
+from scoped.serving.supervisor import supervise
 from scoped.serving.threads import LentThread, end_idle
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
@@ -63,8 +64,7 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
         except RequestAborted:
             return
         with closing(body_file):
-            exchange = Exchange(self, scope, body_file, send)
-            await exchange.supervise(receive)
+            await supervise(Exchange(self, scope, body_file, send), receive)
 
     def lend_thread(self) -> LentThread:
         """For the sync code of one request."""

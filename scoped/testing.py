@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 from asgiref.sync import SyncToAsync
 from django import test
 from django.core.handlers.base import reset_urlconf
+from django.core.signals import request_finished
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http.response import HttpResponseBase
@@ -26,12 +27,12 @@ from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.override import override
 from scoped.core.request import RequestScope
-from scoped.core.scope import current
+from scoped.core.scope import current, scope_here
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message
 from scoped.serving.handler import ScopedHandler
-from scoped.serving.receivers import connect, tells_of_response
+from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 from scoped.serving.threads import LentThread
 
 __all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
@@ -106,6 +107,18 @@ class Client(test.Client):
 
 class WSGIClientHandler(ScopedHandler, ClientHandler):
     """Django's, as ours."""
+
+    def __call__(self, environ: dict[str, Any]) -> Any:
+        around = scope_here()
+        try:
+            return super().__call__(environ)
+        except BaseException as error:
+            if scope_here() is not around:  # as under WSGI
+                note_failure(error)
+                close_foreign(sender=type(self))
+            # Django's has disconnected it, to connect it again when all is well.
+            request_finished.connect(close_old_connections)
+            raise
 
 
 tells_of_response.add(WSGIClientHandler)
@@ -185,6 +198,16 @@ class ASGIClientHandler(ScopedASGIHandler):
         self.conversation.response = response
         self.conversation.context = copy_context()
         await super().send_response(response, send)
+
+
+def _twin_of(response: Any) -> Any:
+    """
+    For the test: the response itself may be served again, and until the request is finished
+    the handler needs it as it is. Not a copy(), which leaves out what cannot be pickled.
+    """
+    twin = object.__new__(type(response))
+    vars(twin).update(vars(response))
+    return twin
 
 
 class AsyncClientHandler:
@@ -270,18 +293,19 @@ class _Conversation:
         if await self.next() is None:
             self.task.result()
             raise RuntimeError("The handler has returned, and sent no response.")
-        response: Any = self.response
-        if not response.streaming or self.bodyless:
+        response: Any
+        if not self.response.streaming or self.bodyless:
             async for _ in self.parts():
                 pass
+            response = _twin_of(self.response)
             if self.bodyless:
                 # The handler sends it, and servers drop it.
                 setattr(response, "streaming_content" if response.streaming else "content", b"")
-        elif response.is_async:
-            # Of a copy, for the handler still needs its own.
-            response = copy(response)
+        elif self.response.is_async:
+            response = _twin_of(self.response)
             response.streaming_content = self.parts()
         else:
+            response = _twin_of(self.response)
             response.streaming_content = await self.parts_at_once()
         # Django's would send request_finished, and the handler sees to that.
         response.close = self.hung_up.set

@@ -63,7 +63,7 @@ MUTATIONS = [
         "request_finished is not sent to async receivers",
         (
             "serving/exchange",
-            "await self.attempt(self.call_async(reversed(async_receivers)))",
+            "await self.attempt(self.call_async(receiver))",
             "pass",
         ),
     ),
@@ -78,11 +78,11 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("serving/exchange", "await self.attempt(close_stream(self.response))", "pass"),
+        ("serving/exchange", "await self.attempt(close_stream(self.response, whose))", "pass"),
     ),
     mutation(
         "a sync view that runs on is not waited for",
-        ("serving/exchange", "await self.attempt(hop(_nothing))", "pass"),
+        ("serving/exchange", "await self.attempt(sync_code_ended(self.thread, whose))", "pass"),
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
@@ -90,7 +90,7 @@ MUTATIONS = [
     ),
     mutation(
         "the response's closers are not run",
-        ("serving/handler", "for closer in response._resource_closers:", "for closer in ():"),
+        ("serving/ending", "for closer in response._resource_closers:", "for closer in ():"),
     ),
     mutation(
         "the view's failure is not noted",
@@ -101,28 +101,28 @@ MUTATIONS = [
         "the request is never uncancelled",
         (
             "serving/exchange",
-            "            task.uncancel()  # so that",
-            "            break  # so that",
+            "        while self.task.cancelling():\n            self.task.uncancel()",
+            "        pass",
         ),
     ),
     mutation(
         "a server's cancellation is swallowed",
-        ("serving/exchange", "raise_first([cancellation, failure])", "return"),
+        ("serving/supervisor", "raise_first([cancellation, failure])", "return"),
     ),
     mutation(
         "the request is cancelled though it is finishing",
         (
-            "asgi",
-            "if not self.cancelled and not self.finishing:",
-            "if not self.cancelled:",
+            "serving/exchange",
+            "        if not self.cancelled and not self.finishing:",
+            "        if not self.cancelled:",
         ),
     ),
     mutation(
         "the request is cancelled again and again",
         (
             "serving/exchange",
-            "if not self.cancelled and not self.finishing:",
-            "if not self.finishing:",
+            "        if not self.cancelled and not self.finishing:",
+            "        if not self.finishing:",
         ),
     ),
     mutation(
@@ -299,7 +299,7 @@ MUTATIONS = [
     # Until the response
     mutation(
         "nothing ends with the response",
-        ("serving/handler", "            await scope.end_response()\n", "            pass\n"),
+        ("serving/exchange", "            await scope.end_response()\n", "            pass\n"),
     ),
     mutation(
         "nothing ends with the response under WSGI",
@@ -311,24 +311,21 @@ MUTATIONS = [
     ),
     mutation(
         "the closers of a response that an error replaces are forgotten",
-        ("serving/handler", "    page._resource_closers.extend(response._resource_closers)\n", ""),
+        ("serving/ending", "    page._resource_closers.extend(response._resource_closers)\n", ""),
     ),
     mutation(
         "the closers of a response that is never sent are forgotten",
         (
             "serving/handler",
-            "                page: Any = await make_page(request, error)\n"
-            "            except BaseException:\n"
             "                close_resources(response)  # nobody else will see it\n",
-            "                page: Any = await make_page(request, error)\n"
-            "            except BaseException:\n",
+            "                pass\n",
         ),
     ),
     mutation(
         "a stream that an error replaces is left to the garbage collector",
         (
-            "serving/handler",
-            "                await _drop_stream(response)\n",
+            "serving/exchange",
+            "                await drop_stream(self.response, request_scope)\n",
             "                pass\n",
         ),
     ),
@@ -345,12 +342,56 @@ MUTATIONS = [
         ),
     ),
     mutation(
-        "what middleware raises is not noted without the app",
+        "what async middleware raises is not noted",
         (
-            "serving/receivers",
-            "    got_request_exception.connect(_request_failed)\n\n\ndef connect()",
-            "\n\ndef connect()",
+            "serving/handler",
+            "                note_failure(error)\n                return await",
+            "                return await",
         ),
+    ),
+    mutation(
+        "what middleware raises is not noted in sync code",
+        (
+            "serving/handler",
+            "            note_failure(error)\n            return response",
+            "            return response",
+        ),
+    ),
+    mutation(
+        "a view that a middleware cancels and answers for has succeeded",
+        (
+            "serving/handler",
+            "                note_failure(error)\n                raise\n\n        return inner_async",
+            "                raise\n\n        return inner_async",
+        ),
+    ),
+    mutation(
+        "a factory's own timeout is taken for the server's cancellation",
+        ("serving/exchange", "            if self.is_cut_off():\n", "            if True:\n"),
+    ),
+    mutation(
+        "a stream's end may take for ever",
+        ("serving/ending", "await in_time(iterator.aclose(), ", "await (iterator.aclose()) or ("),
+    ),
+    mutation(
+        "a receiver may take for ever",
+        ("serving/exchange", "await in_time(called, ", "await called or ("),
+    ),
+    mutation(
+        "a response whose close() raises ends nothing",
+        ("serving/ending", "        if not response.closed:\n", "        if False:\n"),
+    ),
+    mutation(
+        "what waits for the response begins though the request has failed",
+        ("serving/background", "    if scope.failure is not None:\n", "    if False:\n"),
+    ),
+    mutation(
+        "a background task is torn down under its sync code",
+        ("serving/background", "            if thread.is_busy:\n", "            if False:\n"),
+    ),
+    mutation(
+        "a long stream is not logged",
+        ("serving/streams", "        if self.seconds is not None:\n", "        if False:\n"),
     ),
     mutation(
         "a stream may set up anew what ended with the response",
@@ -533,7 +574,7 @@ MUTATIONS = [
     # Background tasks, tests, signals
     mutation(
         "a background task that shutdown no longer waits for runs on",
-        ("serving/background", "            self.owner.cancel()\n", "            return None\n"),
+        ("serving/background", "            self.task.cancel()\n", "            return None\n"),
     ),
     mutation(
         "a background task uses the request's thread",
