@@ -7,7 +7,7 @@ and answers for has failed, and so has a request whose middleware raises.
 import asyncio
 import logging
 import sys
-import threading
+import time
 
 import anyio
 import pytest
@@ -310,7 +310,7 @@ def test_an_event_loop_that_ends_cancels_all_tasks_and_makes_no_page(told):
 
 
 class Deadline:
-    """Bounds the time of the view in one way or the other."""
+    """Has enough of the view, in one way or the other, as soon as that waits."""
 
     async_capable, sync_capable = True, False
 
@@ -319,55 +319,73 @@ class Deadline:
         markcoroutinefunction(self)
 
     async def __call__(self, request):
+        waits.clear()
+        loop = asyncio.get_running_loop()
+        waiting = asyncio.create_task(waits.wait())
         try:
             if request.GET["by"] == "timeout":
-                async with asyncio.timeout(0.02):
+                async with asyncio.timeout(None) as bound:
+                    waiting.add_done_callback(lambda _: bound.reschedule(loop.time()))
                     return await self.get_response(request)
             if request.GET["by"] == "wait_for":
                 return await asyncio.wait_for(self.get_response(request), 0.02)
             if request.GET["by"] == "anyio":
-                with anyio.fail_after(0.02):
+                with anyio.fail_after(30) as bound:
+                    waiting.add_done_callback(
+                        lambda _: setattr(bound, "deadline", anyio.current_time())
+                    )
                     return await self.get_response(request)
             child = asyncio.create_task(self.get_response(request))
-            await asyncio.wait([child], timeout=0.02)
+            await waiting
             child.cancel()
             return await child
         except (TimeoutError, asyncio.CancelledError):
             return HttpResponse("too slow", status=504)
 
 
+waits: asyncio.Event
+
+
+@pytest.fixture
+async def _deadline():
+    global waits
+    waits = asyncio.Event()
+    with override_settings(MIDDLEWARE=[f"{__name__}.Deadline"]):
+        yield
+
+
+@pytest.mark.usefixtures("_deadline")
 @pytest.mark.parametrize("by", ["timeout", "wait_for", "anyio", "task"])
 async def test_a_view_that_middleware_cancels_and_answers_for_has_failed(by):
     @view
     async def debits(request):
         await plain()
         await transaction()
+        waits.set()
         await asyncio.Event().wait()
 
-    with override_settings(MIDDLEWARE=[f"{__name__}.Deadline"]):
-        connection = Connection(ScopedASGIHandler(), "/debits", query_string=f"by={by}".encode())
-        await connection.run()
+    connection = Connection(ScopedASGIHandler(), "/debits", query_string=f"by={by}".encode())
+    await connection.run()
     assert (connection.status, connection.body) == (504, b"too slow")
     assert log == rolled_back("CancelledError")
 
 
-@pytest.mark.parametrize("by", ["timeout", "wait_for", "anyio", "task"])
+@pytest.mark.usefixtures("_deadline")
+@pytest.mark.parametrize("by", ["timeout", "anyio", "task"])
 async def test_a_sync_view_too_and_what_it_uses_is_torn_down_when_it_has_ended(by):
-    answered = threading.Event()
+    loop = asyncio.get_running_loop()
 
     @view
     def debits(request):
         async_to_sync(plain)()
         async_to_sync(transaction)()
-        answered.wait(0.3)  # nothing reaches it
+        loop.call_soon_threadsafe(waits.set)
+        time.sleep(0.1)  # nothing reaches it
         log.append("view ended")
         return HttpResponse("late")
 
-    with override_settings(MIDDLEWARE=[f"{__name__}.Deadline"]):
-        connection = Connection(
-            ScopedASGIHandler(), "/sync/debits", query_string=f"by={by}".encode()
-        )
-        await connection.run()
+    connection = Connection(ScopedASGIHandler(), "/sync/debits", query_string=f"by={by}".encode())
+    await connection.run()
     assert (connection.status, connection.body) == (504, b"too slow")
     assert log == ["view ended", *rolled_back("CancelledError")]
 

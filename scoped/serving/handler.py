@@ -42,6 +42,7 @@ class ScopedHandler(BaseHandler):
     def get_response(self, request: Any) -> Any:
         scope = scope_of(request)
         response = super().get_response(request)
+        response._handler_class = None  # whoever has served it before
         if scope is None:
             return response
         try:
