@@ -110,10 +110,8 @@ class TestSettings:
         monkeypatch.setattr(settings, "SCOPED", {"COLOUR": "red", 5: 5}, raising=False)
         [message] = found()
         assert "5, COLOUR" in message.msg
-        assert (
-            "Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, MAX_IDLE_THREADS."
-            in message.hint
-        )
+        assert message.hint.startswith("Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, ")
+        assert message.hint.endswith(", MAX_IDLE_THREADS.")
         assert "Did you mean" not in message.hint
 
     def test_every_mistake_is_named_at_once(self, monkeypatch):

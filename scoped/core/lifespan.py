@@ -69,6 +69,10 @@ class LifespanScope(Scope):
         self.sync_only = request.loop is None
         return self
 
+    def withdraw(self) -> None:
+        """Another thread's is the lifespan: nobody is to see this one among what is open."""
+        self._state = "closed"
+
     @classmethod
     def hold(cls) -> Self:
         """The lifespan of the running event loop, or of sync code, opened now if need be."""

@@ -115,8 +115,12 @@ class RequestScope(Scope):
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
         while self.lifespan is None or self.lifespan.is_parents:
-            new = LifespanScope.implied_by(self)
-            lifespan = lifespans.setdefault(self.loop, new)
+            lifespan, new = lifespans.get(self.loop), None
+            if lifespan is None:
+                new = LifespanScope.implied_by(self)
+                lifespan = lifespans.setdefault(self.loop, new)
+                if lifespan is not new:
+                    new.withdraw()
             if lifespan.join(self):
                 self.lifespan = lifespan
                 if lifespan is new:

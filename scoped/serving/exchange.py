@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import AsyncToSync, sync_to_async
+from asgiref.sync import AsyncToSync
 from django.core.cache import caches, close_caches
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
@@ -32,7 +32,7 @@ from scoped.serving.ending import (
     drop_stream,
     in_place_of,
 )
-from scoped.serving.handler import error_page, scope_of
+from scoped.serving.handler import error_page, page_in_thread, scope_of
 from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
@@ -200,7 +200,7 @@ class Exchange:
             failure = await self.own_failure(request_scope, error)
         if failure is not None:
             try:
-                page: Any = await sync_to_async(error_page)(request, failure)
+                page: Any = await page_in_thread(error_page, request, failure)
             finally:
                 del failure  # no cycle with this frame
             if self.response is not None:

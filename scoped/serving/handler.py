@@ -9,7 +9,7 @@ from functools import partial, wraps
 from types import CodeType
 from typing import Any
 
-from asgiref.sync import iscoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import convert_exception_to_response, response_for_exception
@@ -17,12 +17,12 @@ from django.core.handlers.exception import convert_exception_to_response, respon
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.scope import scope_here
-from scoped.core.waits import run_without_loop
+from scoped.core.waits import hop, run_without_loop
 from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
 from scoped.serving.receivers import note_failure
 from scoped.serving.streams import watch_without_loop
 
-__all__ = ["ScopedHandler", "error_page", "scope_of"]
+__all__ = ["ScopedHandler", "error_page", "page_in_thread", "scope_of"]
 
 
 class ScopedHandler(BaseHandler):
@@ -42,6 +42,7 @@ class ScopedHandler(BaseHandler):
     def get_response(self, request: Any) -> Any:
         scope = scope_of(request)
         response = super().get_response(request)
+        response._handler_class = None  # whoever has served it before
         if scope is None:
             return response
         try:
@@ -84,7 +85,7 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 return await get_response(request)
             except Exception as error:
                 note_failure(error)
-                return await sync_to_async(response_for_exception)(request, error)
+                return await page_in_thread(response_for_exception, request, error)
             except BaseException as error:
                 note_failure(error)
                 raise
@@ -103,6 +104,23 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise
 
     return inner
+
+
+async def page_in_thread(
+    make: Callable[[Any, BaseException], Any], request: Any, error: BaseException
+) -> Any:
+    """Make an error's page in the request's thread. To be called where the error is handled."""
+    page: Any = None
+
+    def run() -> None:
+        nonlocal page
+        page = make(request, error)
+
+    try:
+        await hop(run)  # also where a sync view that was cancelled has left its executor behind
+    finally:
+        del error  # no cycle with this frame
+    return page
 
 
 def scope_of(request: Any) -> RequestScope | None:
