@@ -15,7 +15,7 @@ Each says what happened, then what to do.
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 __all__ = [
     "AsyncResourceError",
@@ -146,8 +146,10 @@ def note(error: BaseException, text: str) -> None:
         if notes is None:
             # Not add_note(), which asks the class's own __setattr__().
             object.__setattr__(error, "__notes__", [text])
-        elif isinstance(notes, list) and not any(isinstance(n, str) and n == text for n in notes):
-            notes.append(text)
+        elif isinstance(notes, list) and not any(
+            isinstance(one, str) and one == text for one in cast("list[object]", notes)
+        ):
+            cast("list[object]", notes).append(text)
     except Exception:  # noqa: S110 (it may be anything, and a note is not worth a word)
         pass
 
