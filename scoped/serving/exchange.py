@@ -17,9 +17,9 @@ from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, reset_queries
 from django.urls import set_script_prefix
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import hop
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
 from scoped.serving.background import begin_waiting, drop_waiting
@@ -188,7 +188,7 @@ class Exchange:
         try:
             self.response = await self.handler.run_get_response(request)
             if scope is not None:
-                if self.thread is not None and self.thread.is_busy and scope.response is not None:
+                if self.thread is not None and self.thread.is_busy and scope.holds_until_response:
                     await sync_code_ended(self.thread, scope)
                 await scope.end_response()
                 begin_waiting(scope)

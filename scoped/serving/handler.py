@@ -12,13 +12,14 @@ from typing import Any
 
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
-from django.core.handlers import base, exception
+from django.core.handlers import base as _djangos
+from django.core.handlers import exception
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import convert_exception_to_response
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import hop, run_without_loop
 from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
 from scoped.serving.receivers import note_failure
@@ -35,7 +36,7 @@ class ScopedHandler(BaseHandler):
         if (converted := _converted(method)) is not None:
             seen = _seen(converted.__wrapped__)
             # Where something is around it, the converter was wrapped: as New Relic does.
-            method = seen if converted is method else base.convert_exception_to_response(seen)
+            method = seen if converted is method else _djangos.convert_exception_to_response(seen)
         return super().adapt_method_mode(is_async, method, *args, **kwargs)
 
     def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:

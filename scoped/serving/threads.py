@@ -38,7 +38,6 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
-from django.db import close_old_connections, connections
 
 from scoped.core.scope import Scope
 from scoped.core.waits import outlast
@@ -243,20 +242,27 @@ def _drop_transactions() -> None:
     Close connections that are in a transaction, and forget them: Django never
     reconnects one that was closed in there, and `close_old_connections` leaves it alone.
     """
-    for connection in connections.all(initialized_only=True):
+    for connection in _connections():
         if connection.in_atomic_block or connection.closed_in_transaction:
-            del connections[connection.alias]
             _close(connection)
 
 
 def _close_connections() -> None:
     """Those of this thread, which is about to end."""
-    for connection in connections.all(initialized_only=True):
-        del connections[connection.alias]
+    for connection in _connections():
         _close(connection)
 
 
+def _connections() -> list[Any]:
+    from django.db import connections  # noqa: PLC0415 (`import scoped` imports no Django)
+
+    return connections.all(initialized_only=True)
+
+
 def _close(connection: Any) -> None:
+    from django.db import connections  # noqa: PLC0415 (as above)
+
+    del connections[connection.alias]
     try:
         connection.close()
     except Exception as error:
@@ -265,6 +271,8 @@ def _close(connection: Any) -> None:
 
 def tidy() -> None:
     """What Django does before and after a request, for work that is none."""
+    from django.db import close_old_connections  # noqa: PLC0415 (as above)
+
     close_old_connections()
 
 
