@@ -23,11 +23,11 @@ from django.http.response import HttpResponseBase
 from django.test.client import ClientHandler
 
 from scoped.asgi import ScopedASGIHandler
+from scoped.core.current import current, scope_here
 from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.override import override
 from scoped.core.request import RequestScope
-from scoped.core.scope import current, scope_here
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message

@@ -10,7 +10,7 @@ import django
 from django.core.handlers.wsgi import WSGIHandler
 
 from scoped import conf
-from scoped.core.scope import scope_here
+from scoped.core.current import scope_here
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope, ServedScope
-from scoped.core.scope import Scope, scope_here
+from scoped.core.scope import Scope
 from scoped.core.waits import running_loop
 from scoped.serving.bounds import in_thread, sync_code_ended
 from scoped.serving.threads import LentThread, tidy

@@ -14,9 +14,9 @@ from django.conf import settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import convert_exception_to_response, response_for_exception
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import hop, run_without_loop
 from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
 from scoped.serving.receivers import note_failure

@@ -21,9 +21,9 @@ from django.core.handlers.base import BaseHandler
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.dispatch import Signal
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope, ServedScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
 
 __all__ = [
