@@ -90,7 +90,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             phase = "shutdown"
             await receive()
-        end_idle()
+        await end_idle()
     except Exception as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         logger.exception("The %s of the lifespan failed.", phase)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
+CONSOLE = "".join(text for language, text in BLOCKS if language == "console")
 SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
 NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))]
 # Two blocks of one name are one file.
@@ -29,19 +30,26 @@ def project(tmp_path):
     """The example's files, and what a project has besides."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    with (tmp_path / "settings.py").open("a") as settings:
-        settings.write(
-            'SECRET_KEY = "readme"\nALLOWED_HOSTS = ["*"]\nROOT_URLCONF = "urls"\n',
-        )
+    (tmp_path / "settings.py").write_text(
+        'SECRET_KEY = "readme"\nALLOWED_HOSTS = ["*"]\nROOT_URLCONF = "urls"\nDEBUG = True\n'
+        f'STATIC_URL = "static/"\nSTATICFILES_DIRS = [{str(tmp_path / "static")!r}]\n'
+        'INSTALLED_APPS = ["django.contrib.staticfiles"]\n' + FILES["settings.py"]
+    )
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static" / "site.css").write_text("body {}")
     (tmp_path / "urls.py").write_text(
-        "from django.urls import path\nfrom views import index\nurlpatterns = [path('', index)]\n"
+        "from django.contrib.staticfiles.urls import staticfiles_urlpatterns\n"
+        "from django.urls import path\nfrom views import index\n"
+        "urlpatterns = [path('', index)]\nurlpatterns += staticfiles_urlpatterns()\n"
     )
     return tmp_path
 
 
 def test_the_example_serves_requests(project, postgres_url, redis_url):
+    [command] = re.findall(r"^uvicorn --reload project\.(\w+):application (.+)$", CONSOLE, re.M)
     with uvicorn(
-        "asgi",
+        command[0],
+        *command[1].split(),
         directory=project,
         DJANGO_SETTINGS_MODULE="settings",
         DATABASE_URL=postgres_url,
@@ -49,6 +57,7 @@ def test_the_example_serves_requests(project, postgres_url, redis_url):
     ) as server:
         with httpx.Client(base_url=server.url) as client:
             answers = [client.get("/") for _ in range(3)]
+            assert client.get("/static/site.css").text == "body {}"
         server.stop(signal.SIGINT)
     assert [answer.status_code for answer in answers] == [200] * 3
     visits = [re.fullmatch(r"PostgreSQL \S.*, visit (\d+)", answer.text) for answer in answers]
@@ -92,4 +101,9 @@ def test_no_block_is_left_out():
     assert len(OTHERS) == 2
     assert len(SHELL) == 2, "the demo's and the tests' command: .ci/run runs both as they stand"
     assert all("\n" not in command for command in SHELL)
-    assert len(BLOCKS) == len(PYTHON) + len(SHELL)
+    assert CONSOLE.splitlines() == [
+        "python -m pip install django-scoped",
+        "python -m pip install uvicorn",
+        "uvicorn --reload project.asgi:application --timeout-graceful-shutdown 5",
+    ]
+    assert {language for language, _ in BLOCKS} == {"python", "sh", "console"}

@@ -17,9 +17,10 @@ from django.test import override_settings
 from scoped import spawn
 from scoped.asgi import ScopedASGIHandler
 from scoped.serving import threads
-from scoped.serving.threads import LentThread, end_idle
+from scoped.serving.threads import LentThread
 from scoped.testing import AsyncClient
 from tests.connection import Connection
+from tests.recipes.conftest import lifespan
 from tests.views import Views
 
 variable = ContextVar("variable", default="nothing")
@@ -33,7 +34,8 @@ def ours():
 
 
 def end_all():
-    end_idle()
+    while threads._idle:
+        threads._idle.pop().end()
     for thread in ours():
         thread.join(10)
 
@@ -506,10 +508,10 @@ async def test_a_thread_that_is_not_kept_closes_its_connection(handler, database
 
 
 @pytest.mark.parametrize("database", [60], indirect=True)
-async def test_an_idle_thread_that_is_let_go_of_closes_its_connection(handler, database):
-    await get(handler, "/sync/queries")
-    assert database[0].connection is not None
-    await asyncio.to_thread(end_all)
+async def test_when_the_server_shuts_down_idle_threads_close_their_connections(handler, database):
+    async with lifespan(handler):
+        await get(handler, "/sync/queries")
+        assert database[0].connection is not None
     assert database[0].connection is None
 
 

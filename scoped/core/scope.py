@@ -248,8 +248,8 @@ class Scope:
                 resource,
                 self,
                 "its scope was opened by sync code, which has no event loop to keep it in",
-                "Open the scope with `async with request_scope():`; serve the project over ASGI, as "
-                "with `uvicorn project.asgi:application`, for `manage.py runserver` is a WSGI "
+                "Open the scope with `async with request_scope():`; serve the project over ASGI, "
+                "`uvicorn project.asgi:application` say, for `manage.py runserver` is a WSGI "
                 "server; or give sync code a resource of its own with a plain `def`.",
             )
         loop = asyncio.get_running_loop()

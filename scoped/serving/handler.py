@@ -6,13 +6,15 @@ response is ended when it has passed the middleware.
 
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import unwrap
 from types import CodeType
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
+from django.core.handlers import base, exception
 from django.core.handlers.base import BaseHandler
-from django.core.handlers.exception import convert_exception_to_response, response_for_exception
+from django.core.handlers.exception import convert_exception_to_response
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
@@ -30,8 +32,10 @@ class ScopedHandler(BaseHandler):
 
     def adapt_method_mode(self, is_async: bool, method: Any, *args: Any, **kwargs: Any) -> Any:
         # Django hands each middleware, and the view, through here as it builds the chain.
-        if getattr(method, "__code__", None) in _CONVERTERS:
-            method = _seen(method.__wrapped__)
+        if (converted := _converted(method)) is not None:
+            seen = _seen(converted.__wrapped__)
+            # Where something is around it, the converter was wrapped: as New Relic does.
+            method = seen if converted is method else base.convert_exception_to_response(seen)
         return super().adapt_method_mode(is_async, method, *args, **kwargs)
 
     def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
@@ -66,9 +70,19 @@ class ScopedHandler(BaseHandler):
 # The two functions that convert_exception_to_response() puts around each middleware.
 _CONVERTERS = {
     constant
-    for constant in convert_exception_to_response.__code__.co_consts
+    for constant in unwrap(convert_exception_to_response).__code__.co_consts
     if isinstance(constant, CodeType)
 }
+
+
+def _converted(method: Any) -> Any:
+    """What Django's converter made, in whatever somebody has wrapped it; None for other methods."""
+    found, seen = None, 0
+    while method is not None and seen < 20:
+        if getattr(method, "__code__", None) in _CONVERTERS:
+            found = method  # the last one: a proxy shows what is its object's
+        method, seen = getattr(method, "__wrapped__", None), seen + 1
+    return found
 
 
 def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -85,7 +99,7 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 return await get_response(request)
             except Exception as error:
                 note_failure(error)
-                return await page_in_thread(response_for_exception, request, error)
+                return await page_in_thread(exception.response_for_exception, request, error)
             except BaseException as error:
                 note_failure(error)
                 raise
@@ -98,7 +112,7 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return get_response(request)
         except Exception as error:
             note_failure(error)
-            return response_for_exception(request, error)
+            return exception.response_for_exception(request, error)
         except BaseException as error:
             note_failure(error)
             raise
@@ -139,4 +153,4 @@ def error_page(request: Any, error: BaseException) -> Any:
     try:
         raise error
     except BaseException:  # looked up by Django as the one being handled
-        return response_for_exception(request, error)
+        return exception.response_for_exception(request, error)

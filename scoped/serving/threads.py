@@ -40,6 +40,9 @@ from typing import Any, ClassVar, Self, TypeVar
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from django.db import close_old_connections, connections
 
+from scoped.core.scope import Scope
+from scoped.core.waits import outlast
+
 __all__ = ["LentThread", "end_idle", "tidy"]
 
 T = TypeVar("T")
@@ -265,13 +268,19 @@ def tidy() -> None:
     close_old_connections()
 
 
-def end_idle() -> None:
-    """Let go of the threads that nobody uses, as at a server's shutdown."""
-    while True:
-        try:
-            _idle.pop().end()
-        except IndexError:
-            return
+async def end_idle() -> None:
+    """
+    Let go of the threads that nobody uses, as at a server's shutdown: when this returns,
+    they have closed their connections.
+    """
+    closed: list[asyncio.Future[Any]] = []
+    while _idle:
+        worker = _idle.pop()
+        closed.append(asyncio.get_running_loop().create_future())
+        worker.give(_close_connections, closed[-1])
+        worker.end()
+    if (cancellation := await outlast(*closed, seconds=Scope.teardown_timeout)) is not None:
+        raise cancellation
 
 
 @atexit.register
