@@ -26,7 +26,7 @@ TESTS = [
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
         *("until_response", "release", "wsgi"),
         *("factories", "threads", "many_threads", "every_await", "model"),
-        *("background", "testing", "signals"),
+        *("background", "testing", "signals", "good_neighbour"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.

@@ -24,6 +24,7 @@ class RequestScope(Scope):
     lifetime = Lifetime.REQUEST
     owns_set_ups = True
     tells_own_cancellation = True
+    expects_lifespan = False  # of the server
 
     @property
     def tells_of_response(self) -> bool:
@@ -34,12 +35,6 @@ class RequestScope(Scope):
     def is_in_use(self) -> object:
         """Whether there is anything to tear down, to wait for or to leave."""
         return self.records or self.ending or self.lifespan
-
-    @property
-    def holds_until_response(self) -> bool:
-        return any(
-            record.resource.lifetime is Lifetime.RESPONSE for record in list(self.records.values())
-        )
 
     def check_response(self, resource: "Resource[Any]") -> None:
         if not self.tells_of_response:
@@ -57,7 +52,9 @@ class RequestScope(Scope):
         Raises as ``close()`` does.
         """
         self.has_responded = True
-        if not self.ending and not self.holds_until_response:
+        if not self.ending and not any(
+            record.resource.lifetime is Lifetime.RESPONSE for record in list(self.records.values())
+        ):
             return
         problems: list[BaseException] = []
         if (cancellation := await self._stop(Lifetime.RESPONSE)) is not None:
@@ -106,6 +103,8 @@ class RequestScope(Scope):
                 if lifespan is new:
                     if self.served:
                         lifespan.stay()
+                        if self.expects_lifespan:
+                            lifespan.tell_of_no_server()
                     lifespan.tell_of_opening()
                 # Since the look another thread may have closed the request, and not seen that.
                 if not self.is_open:
@@ -165,6 +164,7 @@ class ServedScope(RequestScope):
     __slots__ = ()
 
     served = True
+    expects_lifespan = True
 
 
 def request_scope() -> RequestScope:

@@ -44,6 +44,18 @@ tells_of_response: WeakSet[type] = WeakSet()
 _closing: set[asyncio.Task[None]] = set()
 
 
+def _is_test_client(handler: Any) -> bool:
+    return bool(handler.__module__.startswith(("django.test.", "scoped.testing")))
+
+
+class _ClientScope(ServedScope):
+    """Of a test client, which holds the lifespan open or not, as the test wants it."""
+
+    __slots__ = ()
+
+    expects_lifespan = False
+
+
 class _ForeignScope(RequestScope):
     """Opened for another handler than ours; no other handler's signal may close it."""
 
@@ -53,7 +65,7 @@ class _ForeignScope(RequestScope):
         super().__init__(name)
         self.opener = opener
         # After a test client's request no more need be expected.
-        self.served = not opener.__module__.startswith(("django.test.", "scoped.testing"))
+        self.served = not _is_test_client(opener)
 
     @property
     def tells_of_response(self) -> bool:
@@ -116,9 +128,10 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
         signal.receivers.insert(0, signal.receivers.pop())
 
 
-async def open_scope(*, scope: dict[str, Any], **kwargs: Any) -> None:
+async def open_scope(*, sender: Any, scope: dict[str, Any], **kwargs: Any) -> None:
     # Always a fresh one: servers carry the Context of one request into the next.
-    ServedScope(_name(scope["method"], scope["path"])).open()
+    scope_class = _ClientScope if _is_test_client(sender) else ServedScope
+    scope_class(_name(scope["method"], scope["path"])).open()
 
 
 async def close_scope(**kwargs: Any) -> None:
