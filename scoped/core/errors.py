@@ -14,7 +14,8 @@ Each says what happened, then what to do.
 """
 
 from collections.abc import Sequence
-from typing import Self
+from types import TracebackType
+from typing import Any, Self
 
 __all__ = [
     "AsyncResourceError",
@@ -25,6 +26,8 @@ __all__ = [
     "ScopeClosedError",
     "ScopedError",
     "TeardownError",
+    "note",
+    "set_traceback",
 ]
 
 
@@ -129,3 +132,26 @@ class TeardownError(ScopedError, ExceptionGroup[Exception]):
 
     def derive(self, errors: Sequence[Exception]) -> "TeardownError":  # type: ignore[override]
         return TeardownError(self.scope, errors)
+
+
+# Somebody else's exception may refuse what we do to it: a frozen dataclass every attribute, others
+# have an ``add_note()`` or ``__setattr__()`` that raises, or ``__notes__`` that are no list. And it
+# may be one and the same object that is raised again and again: nothing must pile up on it.
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an exception, once. Never raises: it does without where that cannot be."""
+    try:
+        notes: Any = getattr(error, "__notes__", None)
+        if notes is None:
+            # Not add_note(), which asks the class's own __setattr__().
+            object.__setattr__(error, "__notes__", [text])
+        elif isinstance(notes, list) and not any(isinstance(n, str) and n == text for n in notes):
+            notes.append(text)
+    except Exception:  # noqa: S110 (it may be anything, and a note is not worth a word)
+        pass
+
+
+def set_traceback(error: BaseException, traceback: TracebackType | None) -> None:
+    """Set it as ``raise`` does, past what the exception's class makes of attributes."""
+    BaseException.with_traceback(error, traceback)

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from scoped.core.errors import FactoryError
+from scoped.core.errors import FactoryError, set_traceback
 
 __all__ = ["Factory"]
 
@@ -142,7 +142,7 @@ def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
         return all(_is_failure(inner, failure) for inner in group.exceptions)
     return (
         isinstance(failure, StopIteration | StopAsyncIteration)
-        and isinstance(error, RuntimeError)
+        and type(error) is RuntimeError
         and error.__cause__ is failure
     )
 
@@ -164,7 +164,7 @@ def _async_generator(
             raise StopAsyncIteration from None
         finally:
             # Each throw adds the generator's frames to it.
-            failure.__traceback__ = traceback
+            set_traceback(failure, traceback)
 
     def finish(
         generator: AsyncGenerator[Any, None], failure: BaseException | None
@@ -234,7 +234,7 @@ def _generator(
             raise
         finally:
             if failure is not None:
-                failure.__traceback__ = traceback
+                set_traceback(failure, traceback)
         cause: Exception | None = None
         try:
             generator.close()

@@ -45,6 +45,7 @@ from scoped.core.errors import (
     ScopeClosedError,
     ScopedError,
     TeardownError,
+    note,
 )
 from scoped.core.record import Latch, SetUp
 from scoped.core.resource import Lifetime
@@ -93,7 +94,7 @@ def _explained(resource: "Resource[Any]", error: BaseException) -> BaseException
     if isinstance(error, StopAsyncIteration) and resource.factory.is_generator:
         return resource.factory.never_yielded()
     if isinstance(error, Exception) and not isinstance(error, ScopedError):
-        error.add_note(f"while {resource} was set up")
+        note(error, f"while {resource} was set up")
     return error
 
 
@@ -758,7 +759,7 @@ class Scope:
     ) -> None:
         if error is not None:
             if isinstance(error, Exception):
-                error.add_note(f"while {resource} was torn down")
+                note(error, f"while {resource} was torn down")
             problems.append(error)
         if began and (told := observer.observer) is not None:
             seconds = perf_counter() - began
