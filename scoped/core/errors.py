@@ -27,6 +27,7 @@ __all__ = [
     "ScopedError",
     "TeardownError",
     "note",
+    "notes_of",
     "set_traceback",
 ]
 
@@ -146,10 +147,18 @@ def note(error: BaseException, text: str) -> None:
         if notes is None:
             # Not add_note(), which asks the class's own __setattr__().
             object.__setattr__(error, "__notes__", [text])
-        elif isinstance(notes, list) and not any(isinstance(n, str) and n == text for n in notes):
+        elif isinstance(notes, list) and text not in notes_of(error):
             notes.append(text)
     except Exception:  # noqa: S110 (it may be anything, and a note is not worth a word)
         pass
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Its notes, as far as they are any."""
+    try:
+        return [one for one in getattr(error, "__notes__", ()) if isinstance(one, str)]
+    except Exception:
+        return []
 
 
 def set_traceback(error: BaseException, traceback: TracebackType | None) -> None:
