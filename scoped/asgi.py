@@ -93,6 +93,8 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
     except Exception as error:
         notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)
-        await send({"type": f"lifespan.{phase}.failed", "message": f"{printable_repr(error)}{notes}"})
+        await send(
+            {"type": f"lifespan.{phase}.failed", "message": f"{printable_repr(error)}{notes}"}
+        )
     else:
         await send({"type": "lifespan.shutdown.complete"})

@@ -105,7 +105,9 @@ async def _run(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object], 
         thread.give_back()
     try:
         if isinstance(failure, Exception):
-            logger.error("The background task %s failed: %s", name, printable_repr(failure), exc_info=failure)
+            logger.error(
+                "The background task %s failed: %s", name, printable_repr(failure), exc_info=failure
+            )
         elif failure is not None:
             raise failure
     finally:
