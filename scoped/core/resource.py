@@ -1,13 +1,16 @@
 """``Resource``: the frozen recipe. Imports nothing of the rest, so everything may import it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakSet
 
+from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
 
-__all__ = ["Lifetime", "Resource"]
+__all__ = ["KeyedResource", "Lifetime", "Resource"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -18,15 +21,57 @@ class Lifetime(Enum):
     LIFESPAN = "lifespan"
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)
 class Resource(Generic[T_co]):
     """What is known of a resource without setting it up. Never changes."""
 
     factory: Factory
     lifetime: Lifetime
+    start: Callable[..., Any] = field(init=False)  # the factory's; of one key, with that
 
     # For the system checks and `manage.py scoped`; one declared in a function ends with it.
     declared: ClassVar["WeakSet[Resource[Any]]"] = WeakSet()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.factory.start)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
     def __str__(self) -> str:
         return str(self.factory)
+
+
+class KeyedResource(Resource[T_co]):
+    """
+    A keyed resource with one set of arguments: made anew each time that it is asked for,
+    and equal to any other of the same. Shows no argument, which may be a secret.
+    """
+
+    __slots__ = ("_hash", "key", "keyed")
+
+    keyed: Resource[T_co]
+    key: tuple[Any, ...]
+
+    def __init__(self, keyed: Resource[T_co], key: tuple[Any, ...]) -> None:
+        put = object.__setattr__
+        try:
+            put(self, "_hash", hash((keyed, key)))
+        except TypeError as error:
+            raise FactoryError(
+                keyed,
+                f"was asked for with an argument that cannot be part of a key: {error}",
+                "Give it what is hashable, as a string, a number or a tuple of them.",
+            ) from error
+        put(self, "factory", keyed.factory)
+        put(self, "lifetime", keyed.lifetime)
+        put(self, "start", partial(keyed.factory.start, *key))
+        put(self, "keyed", keyed)
+        put(self, "key", key)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is KeyedResource and other.keyed is self.keyed and other.key == self.key
+
+    def __hash__(self) -> int:
+        hashed: int = self._hash  # type: ignore[attr-defined]
+        return hashed

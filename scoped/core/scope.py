@@ -315,7 +315,7 @@ class Scope:
         began = 0.0 if observer.observer is None else perf_counter()
         current.set(set_up)
         try:
-            generator, coming = resource.factory.start()
+            generator, coming = resource.start()
             value = await coming
             if self._state != "open":
                 await self._refuse(resource, generator)
@@ -413,7 +413,7 @@ class Scope:
         began = 0.0 if observer.observer is None else perf_counter()
         current.set(set_up)
         try:
-            generator, coming = resource.factory.start()
+            generator, coming = resource.start()
             value = await coming
             if self._state != "open":
                 await self._refuse(resource, generator)
@@ -548,10 +548,10 @@ class Scope:
         try:
             if context is None:
                 current.set(set_up)
-                generator, value = resource.factory.start()
+                generator, value = resource.start()
             else:
                 context.run(current.set, set_up)
-                generator, value = context.run(resource.factory.start)
+                generator, value = context.run(resource.start)
                 context.run(current.set, self.visible)
             if generator is not None and context is None:
                 self.generators = resource, generator, self.generators
