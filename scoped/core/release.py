@@ -120,7 +120,7 @@ def _users_last_first(
         if holder.uses is not None:
             holder.uses.pop(user, None)
         yield holder, user, other
-        if user is resource:
+        if user == resource:
             return  # what is there now has been set up since: it was the first of them
 
 
@@ -133,7 +133,7 @@ def _users_of(scope: Scope, resource: "Resource[Any]") -> "list[tuple[Scope, Res
     for holder in scope.parts:
         uses = holder.uses or {}
         for one in list(holder.values):  # a user's set-up ends after that of what it uses
-            if one is resource or not gone.isdisjoint(uses.get(one, ())):
+            if one == resource or not gone.isdisjoint(uses.get(one, ())):
                 gone.add(one)
                 found.append((holder, one))
     return found
