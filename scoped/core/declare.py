@@ -23,6 +23,7 @@ __all__ = [
     "KeyedSyncResource",
     "SyncRequestResource",
     "SyncResource",
+    "is_resource",
     "lifespan_scoped",
     "request_scoped",
 ]
@@ -260,7 +261,7 @@ def _declare(
             f"is a resource already, and @{made_by} was put upon it",
             "One decorator makes it a resource: leave out the other.",
         )
-    resource: Resource[Any] = Resource(Factory.of(function, keyed=keyed), lifetime)
+    resource: Resource[Any] = Resource(Factory.of(function, keyed=keyed), lifetime, keyed)
     Resource.declared.add(resource)
     factory = resource.factory
     if keyed:

@@ -25,7 +25,7 @@ if sys.version_info >= (3, 14):
 else:
     _signature = inspect.signature
 
-__all__ = ["Factory"]
+__all__ = ["Factory", "is_function"]
 
 _ONCE = "Yield the value exactly once; what follows the `yield` tears it down."
 _DECORATE_ITSELF = (
@@ -61,10 +61,9 @@ class Factory:
         """
         if isinstance(function, staticmethod):  # in a class's body
             function = function.__func__
-        bare = _without_partial(function)
-        if not inspect.isroutine(bare) or not callable(bare):
+        if not is_function(function):
             raise _refusal(function)
-        written = _as_written(bare)
+        written = _as_written(_without_partial(function))
         name = _name_of(function, written)
         code = getattr(written, "__code__", None)
         declared_at = f"{code.co_filename}:{code.co_firstlineno}" if code else "a builtin"
@@ -105,6 +104,12 @@ class Factory:
 
 def _never_yielded(label: str) -> FactoryError:
     return FactoryError(label, "ended without a `yield`", _ONCE)
+
+
+def is_function(thing: object) -> bool:
+    """Or partial() of one: which is a routine, too, from Python 3.14 on, be it what it may."""
+    bare = _without_partial(thing)
+    return inspect.isroutine(bare) and callable(bare)
 
 
 def _without_partial(function: Any) -> Any:

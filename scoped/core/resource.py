@@ -27,6 +27,7 @@ class Resource(Generic[T_co]):
 
     factory: Factory
     lifetime: Lifetime
+    is_keyed: bool = False
     start: Callable[..., Any] = field(init=False)  # the factory's; of one key, with that
 
     # For the system checks and `manage.py scoped`; one declared in a function ends with it.
@@ -50,6 +51,7 @@ class KeyedResource(Resource[T_co]):
 
     __slots__ = ("_hash", "key", "keyed")
 
+    _hash: int
     keyed: Resource[T_co]
     key: tuple[Any, ...]
 
@@ -65,13 +67,17 @@ class KeyedResource(Resource[T_co]):
             ) from error
         put(self, "factory", keyed.factory)
         put(self, "lifetime", keyed.lifetime)
+        put(self, "is_keyed", True)
         put(self, "start", partial(keyed.factory.start, *key))
         put(self, "keyed", keyed)
         put(self, "key", key)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is KeyedResource and other.keyed is self.keyed and other.key == self.key
+        return (
+            isinstance(other, KeyedResource)
+            and other.keyed is self.keyed  # pyright: ignore[reportUnknownMemberType]
+            and other.key == self.key
+        )
 
     def __hash__(self) -> int:
-        hashed: int = self._hash  # type: ignore[attr-defined]
-        return hashed
+        return self._hash
