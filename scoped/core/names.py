@@ -17,7 +17,8 @@ def printable(text: str, limit: int = 200) -> str:
     """
     if len(text) <= limit and text.isprintable():
         return text
-    shown, room = [], limit
+    shown: list[str] = []
+    room = limit
     for character in text[:limit]:  # what is written is never shorter than what it stands for
         if not character.isprintable():
             character = character.encode("unicode_escape").decode("ascii")  # noqa: PLW2901

@@ -133,7 +133,8 @@ def _during_generator(new: Callable[[], override], function: Callable[..., Any])
     @wraps(function)
     def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with new():
-            return (yield from function(*args, **kwargs))
+            returned: Any = yield from function(*args, **kwargs)
+            return returned
 
     return generator
 
