@@ -15,7 +15,7 @@ Each says what happened, then what to do.
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 __all__ = [
     "AsyncResourceError",
@@ -148,7 +148,7 @@ def note(error: BaseException, text: str) -> None:
             # Not add_note(), which asks the class's own __setattr__().
             object.__setattr__(error, "__notes__", [text])
         elif isinstance(notes, list) and text not in notes_of(error):
-            notes.append(text)
+            cast("list[str]", notes).append(text)
     except Exception:  # noqa: S110 (it may be anything, and a note is not worth a word)
         pass
 

@@ -316,7 +316,7 @@ def _coroutine_function(
         value = await function(*key)
         if isinstance(value, _UNFINISHED):
             if isinstance(value, types.AsyncGeneratorType):
-                await _aclose(value)
+                await _aclose(cast("AsyncGenerator[Any, None]", value))
             raise _unfinished(label, value)
         return value
 

@@ -133,8 +133,8 @@ def _during_generator(new: Callable[[], override], function: Callable[..., Any])
     @wraps(function)
     def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with new():
-            returned: Any = yield from function(*args, **kwargs)
-            return returned
+            inner: Generator[Any, Any, Any] = function(*args, **kwargs)
+            return (yield from inner)
 
     return generator
 
