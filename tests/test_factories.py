@@ -384,8 +384,13 @@ class TestDecoratedFactories:
         hidden = request_scoped(hides_its_kind(async_generator))
         hidden_sync = request_scoped(hides_its_kind(generator))
         async with request_scope() as scope:
-            for resource, kind in ((hidden, "an async generator"), (hidden_sync, "a generator")):
-                with pytest.raises(FactoryError, match=f"returned {kind}, which nobody") as caught:
+            for resource, kind, name in (
+                (hidden, "an async generator", "async_generator"),
+                (hidden_sync, "a generator", "generator"),
+            ):
+                with pytest.raises(
+                    FactoryError, match=f"returned {kind}, of .*{name} .*, which nobody"
+                ) as caught:
                     resource()
                 assert str(resource.resource) in str(caught.value)
             with pytest.raises(FactoryError, match="returned an async generator"):
@@ -401,7 +406,9 @@ class TestDecoratedFactories:
 
         hidden, twice = request_scoped(hides_its_kind(connect)), request_scoped(later)
         async with request_scope():
-            with pytest.raises(FactoryError, match=r"returned a coroutine. Write `async def`"):
+            with pytest.raises(
+                FactoryError, match=r"a coroutine, of .*connect .*\. Write `async def`"
+            ):
                 hidden()
             with pytest.raises(FactoryError, match=r"later .*returned a coroutine"):
                 await twice()

@@ -28,8 +28,8 @@ else:
 __all__ = ["Factory", "is_function"]
 
 _ONCE = "Yield the value exactly once; what follows the `yield` tears it down."
-_DECORATE_ITSELF = (
-    "Decorate the generator function itself, without @contextmanager or @asynccontextmanager: "
+_ITSELF = (
+    "the generator function itself, without @contextmanager or @asynccontextmanager: "
     "scoped makes one of it."
 )
 
@@ -71,6 +71,9 @@ class Factory:
         _check_parameters(label, function, keyed=keyed)
         start: Callable[..., Any]
         finish: Callable[[Any, BaseException | None], Any]
+        if _makes_generators(written) and not _makes_generators(function):
+            problem = "is a generator function wrapped in another decorator"
+            raise FactoryError(label, problem, f"Decorate {_ITSELF}")
         if inspect.isasyncgenfunction(function):
             kind, is_async = "async generator", True
             start, finish = _async_generator(label, function)
@@ -81,9 +84,6 @@ class Factory:
             kind, is_async = "generator", False
             start, finish = _generator(label, function)
         else:
-            if inspect.isasyncgenfunction(written) or inspect.isgeneratorfunction(written):
-                problem = "is a generator function wrapped in another decorator"
-                raise FactoryError(label, problem, _DECORATE_ITSELF)
             kind, is_async = "function", False
             start, finish = _function(label, function), _nothing_to_finish
         return cls(name, declared_at, kind, is_async, start, finish, written)
@@ -114,6 +114,10 @@ def is_function(thing: object) -> bool:
 
 def _without_partial(function: Any) -> Any:
     return _without_partial(function.func) if isinstance(function, partial) else function
+
+
+def _makes_generators(function: Any) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _as_written(function: Any) -> Any:
@@ -349,16 +353,23 @@ def _unfinished(label: str, value: Any) -> FactoryError:
     if isinstance(value, types.CoroutineType):
         return FactoryError(
             label,
-            "is a function that returned a coroutine",
-            "Write `async def`, and `await` it there.",
+            f"is a function that returned a coroutine, of {_made_by(value.cr_code)}",
+            "Write `async def`, and `await` it there; in a decorator around it, too.",
         )
-    kind = "a generator" if isinstance(value, types.GeneratorType) else "an async generator"
+    if isinstance(value, types.GeneratorType):
+        what = f"a generator, of {_made_by(value.gi_code)}"
+    else:
+        what = f"an async generator, of {_made_by(value.ag_code)}"
     return FactoryError(
         label,
-        f"is a function that returned {kind}, which nobody has run",
-        "If a decorator around a generator function hides what it is: " + _DECORATE_ITSELF + " If "
-        "what it yields is the value, return a list of that, or an object with `__iter__`.",
+        f"is a function that returned {what}, which nobody has run",
+        f"Where a decorator hides the factory, decorate {_ITSELF} Where what it yields is the "
+        "value, return a list of that, or an object with an `__iter__()`.",
     )
+
+
+def _made_by(code: types.CodeType) -> str:
+    return _label(code.co_qualname, f"{code.co_filename}:{code.co_firstlineno}")
 
 
 def _nothing_to_finish(_generator: None, _failure: BaseException | None) -> None:

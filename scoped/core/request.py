@@ -234,7 +234,8 @@ def scope_for(resource: "Resource[Any]") -> Scope:
             return scope.until_response(resource)
     if isinstance(here, SetUp):
         asker = here.resource
-        raise LifetimeError(asker, resource, asker.lifetime.value, resource.lifetime.value)
+        lifetimes = asker.lifetime.value, resource.lifetime.value
+        raise LifetimeError(asker, resource, *lifetimes, left_running=here.done)
     raise NoScopeError(resource)
 
 

@@ -255,7 +255,8 @@ class Scope:
 
     def _check_open(self, resource: "Resource[Any]") -> None:
         if self._state != "open" and not (self._state == "closing" and resource in self.values):
-            raise ScopeClosedError(resource, self, self.closed_hint)
+            in_teardown = self._state == "closing" and self.owner is current_task()
+            raise ScopeClosedError(resource, self, self.closed_hint, in_teardown=in_teardown)
 
     def check_loop(self, resource: "Resource[Any]") -> None:
         if self.sync_only:

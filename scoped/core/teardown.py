@@ -11,6 +11,7 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from scoped.core.errors import teardown_timed_out
 from scoped.core.waits import hop, outlast
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ async def _finish_in_task(
     error: BaseException | None = None
     if not task.done():
         task.add_done_callback(scope.log_late)
-        error = _timed_out(resource, scope.teardown_timeout)
+        error = teardown_timed_out(resource, scope.teardown_timeout)
     elif task.cancelled():
         cancellation = cancellation or asyncio.CancelledError()
     else:
@@ -127,13 +128,6 @@ async def _finish_in_task(
             raise error
     finally:
         del cancellation, error
-
-
-def _timed_out(resource: object, seconds: float) -> TimeoutError:
-    return TimeoutError(
-        f"{resource} took longer than {seconds:g} seconds to be torn down. "
-        'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
-    )
 
 
 def _warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
@@ -163,7 +157,7 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
         for _ in range(watched.overdue):
             task.uncancel()
     if watched.overdue:
-        raise _timed_out(resource, scope.teardown_timeout)
+        raise teardown_timed_out(resource, scope.teardown_timeout)
     _warn_if_slow(resource, scope, loop.time() - began)
 
 
