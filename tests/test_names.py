@@ -78,11 +78,11 @@ class TestPrintable:
         assert printable(5 * "\n", limit=10) == 5 * r"\n"
 
     def test_a_repr_that_fails_is_done_without(self) -> None:
-        class Odd(Exception):
+        class OddError(Exception):
             def __repr__(self) -> str:
                 raise self
 
-        assert printable_repr(Odd()) == "<Odd object, whose repr() fails>"
+        assert printable_repr(OddError()) == "<OddError object, whose repr() fails>"
         assert printable_repr(["a\n"]) == r"['a\n']"
 
 
@@ -156,13 +156,13 @@ async def test_nor_does_the_name_of_a_background_task_forge_one(
 async def test_an_error_that_cannot_say_what_it_is_is_logged_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Silent(Exception):
+    class SilentError(Exception):
         def __repr__(self) -> str:
             raise ValueError
 
     async def work() -> None:
-        raise Silent
+        raise SilentError
 
     await spawn(work(), name="the mail")
-    message = "The background task the mail failed: <Silent object, whose repr() fails>"
+    message = "The background task the mail failed: <SilentError object, whose repr() fails>"
     assert the_record(caplog).getMessage() == message
