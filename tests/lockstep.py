@@ -89,13 +89,14 @@ class Lockstep(asyncio.SelectorEventLoop):
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """In a job: await it in the loop, as with ``async_to_sync(function)(*arguments)``."""
-        job = self._thread.job
+        job = getattr(self._thread, "job", None)  # none in a generator's own thread
 
         async def run() -> Any:
             try:
                 return await function(*arguments)
             finally:
-                self._set_busy(job, True)
+                if job is not None:
+                    self._set_busy(job, True)
 
         return async_to_sync(run)()
 

@@ -37,7 +37,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import lifespan as lifespans
-from scoped.core.scope import current
+from scoped.core.current import current
 from scoped.core.waits import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
@@ -1011,11 +1011,11 @@ def test_what_was_set_up_before_a_fork_is_the_parents_alone():
 def test_the_child_does_not_wait_for_a_thread_that_only_the_parent_has():
     said = run_forks(
         "import signal, threading, warnings\n"
-        "from scoped import lifespans, requests, scopes\n"
+        "from scoped.core import lifespan, record, scope\n"
         "warnings.simplefilter('ignore')  # Python's own, of forks beside threads\n"
         "held, go_on = threading.Event(), threading.Event()\n"
         "def hold():\n"
-        "    with scopes._lock, requests._lock, lifespans._lock:\n"
+        "    with scope._lock, record._lock, lifespan._lock:\n"
         "        held.set()\n"
         "        go_on.wait()\n"
         "threading.Thread(target=hold).start()\n"

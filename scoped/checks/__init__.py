@@ -90,7 +90,7 @@ def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
 def check_yields(**kwargs: Any) -> list[CheckMessage]:
     return [
         checks.Warning(
-            f"Line {line} is skipped when the {resource.lifetime.value} fails, for the failure is "
+            f"Line {line} is skipped when the {resource.lifetime} fails, for the failure is "
             "raised at the `yield`.",
             hint="What must always run: put it into the `finally:` of a `try:` around the `yield`, "
             "or use a context manager. What is for success only, as a commit: put it into the "

@@ -79,7 +79,7 @@ def _remedy(lifetime: str) -> str:
 
 def _lifetime_of(thing: object) -> str:
     """That of a resource or a scope."""
-    return str(getattr(getattr(thing, "lifetime", None), "value", ""))
+    return str(getattr(thing, "lifetime", ""))
 
 
 class ScopeClosedError(ScopedError, RuntimeError):

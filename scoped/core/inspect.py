@@ -4,7 +4,7 @@ import gc
 from dataclasses import dataclass
 from time import perf_counter
 
-from scoped.core.request import ResponseScope
+from scoped.core.record import HELD, STARTING
 from scoped.core.scope import Scope
 
 __all__ = ["OpenScope", "inspect", "open_scopes", "picture"]
@@ -18,6 +18,7 @@ class OpenScope:
     seconds: float  # since it was opened
     resources: tuple[str, ...]  # that it holds, in the order of their set-up
     being_set_up: tuple[str, ...]
+    being_torn_down: tuple[str, ...]
 
 
 def inspect() -> list[OpenScope]:
@@ -34,14 +35,16 @@ def inspect() -> list[OpenScope]:
 def open_scopes() -> list[Scope]:
     # By type(), as isinstance() would evaluate Django's lazy objects.
     scopes = [thing for thing in gc.get_objects() if issubclass(type(thing), Scope)]
-    return [one for one in scopes if one.is_open and not isinstance(one, ResponseScope)]
+    return [one for one in scopes if one.is_open]
 
 
 def picture(scope: Scope, now: float) -> OpenScope:
-    parts = scope.parts
+    records = list(scope.records.values())
+    held = sorted((one for one in records if one.state == HELD), key=lambda one: one.number)
     return OpenScope(
         name=str(scope),
         seconds=now - scope.opened,
-        resources=tuple(one.factory.name for part in parts for one in list(part.values)),
-        being_set_up=tuple(one.resource.factory.name for part in parts for one in part.set_ups()),
+        resources=tuple(one.resource.factory.name for one in held),
+        being_set_up=tuple(one.resource.factory.name for one in records if one.state == STARTING),
+        being_torn_down=tuple(one.resource.factory.name for one in list(scope.ending or ())),
     )

@@ -3,7 +3,9 @@
 from typing import Any
 
 from scoped.core import release as releases
-from scoped.core.request import scope_for, scope_holding
+from scoped.core.current import scope_here
+from scoped.core.first_use import get, get_nowait, get_sync
+from scoped.core.lookup import scope_for
 from scoped.core.resource import KeyedResource, Resource
 
 __all__ = ["keyed_async_access", "keyed_sync_access"]
@@ -12,15 +14,15 @@ __all__ = ["keyed_async_access", "keyed_sync_access"]
 def keyed_async_access(resource: Resource[Any]) -> Any:
     async def access(*key: Any) -> Any:
         one = KeyedResource(resource, key)
-        return await scope_for(one).get(one)
+        return await get(scope_for(one), one)
 
-    def get_nowait(*key: Any) -> Any:
+    def nowait(*key: Any) -> Any:
         one = KeyedResource(resource, key)
-        return scope_for(one).get_nowait(one)
+        return get_nowait(scope_for(one), one)
 
     async def release(*key: Any) -> None:
         one = KeyedResource(resource, key)
-        if (scope := scope_holding(one)) is not None:
+        if (scope := scope_here()) is not None:
             await releases.release(scope, one)
 
     def stand_in(other: Resource[Any]) -> None:
@@ -28,18 +30,18 @@ def keyed_async_access(resource: Resource[Any]) -> Any:
         resource = other
 
     function: Any = access
-    function.get_nowait, function.release, function.stand_in = get_nowait, release, stand_in
+    function.get_nowait, function.release, function.stand_in = nowait, release, stand_in
     return function
 
 
 def keyed_sync_access(resource: Resource[Any]) -> Any:
     def access(*key: Any) -> Any:
         one = KeyedResource(resource, key)
-        return scope_for(one).get_sync(one)
+        return get_sync(scope_for(one), one)
 
     def release(*key: Any) -> None:
         one = KeyedResource(resource, key)
-        if (scope := scope_holding(one)) is not None:
+        if (scope := scope_here()) is not None:
             releases.release_sync(scope, one)
 
     def stand_in(other: Resource[Any]) -> None:

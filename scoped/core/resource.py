@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakSet
@@ -15,20 +15,30 @@ __all__ = ["KeyedResource", "Lifetime", "Resource"]
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Lifetime(Enum):
-    RESPONSE = "response"
-    REQUEST = "request"
-    LIFESPAN = "lifespan"
+class Lifetime(IntEnum):
+    """What lives longer is greater."""
+
+    RESPONSE = 1
+    REQUEST = 2
+    LIFESPAN = 3
+
+    def __str__(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)
 class Resource(Generic[T_co]):
-    """What is known of a resource without setting it up. Never changes."""
+    """
+    What is known of a resource without setting it up. Never changes. Compared by
+    identity: two of the same factory are two resources, and a scope's table finds one by its
+    address alone.
+    """
 
     factory: Factory
     lifetime: Lifetime
     is_keyed: bool = False
-    start: Callable[..., Any] = field(init=False)  # the factory's; of one key, with that
+    # factory.start, so that a set-up finds it at once; of one key, with that.
+    start: Callable[..., Any] = field(init=False)
 
     # For the system checks and `manage.py scoped`; one declared in a function ends with it.
     declared: ClassVar["WeakSet[Resource[Any]]"] = WeakSet()

@@ -9,10 +9,11 @@ from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope
-from scoped.core.scope import Scope, scope_here
+from scoped.core.scope import Scope
 from scoped.core.waits import hop, running_loop
 from scoped.serving.threads import LentThread, tidy
 

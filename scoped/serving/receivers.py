@@ -20,10 +20,10 @@ from django.core.signals import got_request_exception, request_finished, request
 from django.db import close_old_connections
 from django.dispatch import Signal
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
 from scoped.serving.threads import tidiers
 
