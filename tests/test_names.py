@@ -1,7 +1,6 @@
 """Promise 25: what a client sends stands in no log line or message but escaped, and cut."""
 
 import logging
-import sys
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -56,8 +55,9 @@ class TestPrintable:
         for text in ("", "/café/%20?", "C:\\new", "/日本語/😀"):
             assert printable(text) == text
 
-    def test_of_all_characters_none_is_left_that_cannot_be_printed_or_encoded(self) -> None:
-        shown = printable("".join(map(chr, range(sys.maxunicode + 1))), limit=20_000_000)
+    def test_no_character_is_left_that_cannot_be_printed_or_encoded(self) -> None:
+        numbers = [*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFE00, 0x10000), 0xE0001]
+        shown = printable("".join(map(chr, numbers)), limit=1_000_000)
         assert shown.isprintable()
         assert "é" in shown.encode().decode()
         assert r"\n" in shown
