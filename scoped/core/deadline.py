@@ -9,20 +9,15 @@ from collections.abc import Awaitable
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
+from scoped.core.errors import teardown_timed_out
+
 if TYPE_CHECKING:
     from scoped.core.resource import Resource
     from scoped.core.scope import Scope
 
-__all__ = ["finish_in_time", "timed_out", "warn_if_slow"]
+__all__ = ["finish_in_time", "warn_if_slow"]
 
 logger = logging.getLogger("scoped")
-
-
-def timed_out(resource: object, seconds: float) -> TimeoutError:
-    return TimeoutError(
-        f"{resource} took longer than {seconds:g} seconds to be torn down. "
-        'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
-    )
 
 
 def warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
@@ -52,7 +47,7 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
         for _ in range(watched.overdue):
             task.uncancel()
     if watched.overdue:
-        raise timed_out(resource, scope.teardown_timeout)
+        raise teardown_timed_out(resource, scope.teardown_timeout)
     warn_if_slow(resource, scope, loop.time() - began)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from scoped.core.current import current, scope_here
 from scoped.core.errors import LifetimeError, NoScopeError, ScopeClosedError
 from scoped.core.lifespan import LifespanScope, lifespans
-from scoped.core.record import Record
+from scoped.core.record import STARTING, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Lifetime
 from scoped.core.waits import running_loop
@@ -29,7 +29,8 @@ def scope_for(resource: "Resource[Any]") -> "Scope":
         return scope
     if isinstance(here, Record):
         asker = here.resource
-        raise LifetimeError(asker, resource, str(asker.lifetime), str(resource.lifetime))
+        lifetimes = str(asker.lifetime), str(resource.lifetime)
+        raise LifetimeError(asker, resource, *lifetimes, left_running=here.state != STARTING)
     raise NoScopeError(resource)
 
 

@@ -17,7 +17,8 @@ from asgiref.sync import SyncToAsync
 
 from scoped.core.abandoned import watch_over
 from scoped.core.current import current
-from scoped.core.deadline import finish_in_time, timed_out, warn_if_slow
+from scoped.core.deadline import finish_in_time, warn_if_slow
+from scoped.core.errors import teardown_timed_out
 from scoped.core.record import STARTING, Record
 from scoped.core.waits import hop, outlast
 
@@ -249,7 +250,7 @@ async def _wait_for(
     error: BaseException | None = None
     if not future.done():
         future.add_done_callback(scope.log_late)
-        error = timed_out(resource, scope.teardown_timeout)
+        error = teardown_timed_out(resource, scope.teardown_timeout)
     elif future.cancelled():
         cancellation = cancellation or asyncio.CancelledError()
     else:

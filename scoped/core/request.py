@@ -1,10 +1,12 @@
 """The request's scope, and the boundary in it: the moment before the first byte."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from scoped.core import observer
+from scoped.core.calls import in_scope
 from scoped.core.errors import NoScopeError, ScopeClosedError, TeardownError
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.resource import Lifetime
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from scoped.core.resource import Resource
 
 __all__ = ["RequestScope", "ServedScope", "request_scope"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class RequestScope(Scope):
@@ -118,6 +123,10 @@ class RequestScope(Scope):
         if self.lifespan is not None:
             await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
 
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """As a decorator: a new scope for each call of a function or coroutine function."""
+        return in_scope(RequestScope, function)
+
     async def __aenter__(self) -> Self:
         task = asyncio.current_task()
         assert task is not None
@@ -171,7 +180,8 @@ def request_scope() -> RequestScope:
     """
     A new scope, to be opened with ``async with`` around what is not a request
     and yet wants request-scoped resources: a command, a task, a consumer, a
-    test. With plain ``with`` it holds sync resources only.
+    test. With plain ``with`` it holds sync resources only. As a decorator of a function
+    or coroutine function, ``@request_scope()``, it is a new one for each call.
 
     Leaving it raises TeardownError where a teardown failed; a cancellation, or
     another exception that is no Exception, comes first and the failure is logged.

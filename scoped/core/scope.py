@@ -230,7 +230,11 @@ class Scope:
 
     def closed_error(self, resource: "Resource[Any]") -> ScopeClosedError:
         if not (self.has_responded and resource.lifetime is Lifetime.RESPONSE):
-            return ScopeClosedError(resource, self)
+            here = current.get()
+            in_teardown = (isinstance(here, Record) and here.state == ENDING) or (
+                self._state == "closing" and self.owner is current_task()
+            )
+            return ScopeClosedError(resource, self, in_teardown=in_teardown)
         return ScopeClosedError(
             resource,
             f"{self} until its response",

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
+from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope
 from scoped.core.waits import running_loop
@@ -44,7 +45,7 @@ class _BackgroundScope(RequestScope):
 
 
 def _name_of(coroutine: object) -> str:
-    return getattr(coroutine, "__qualname__", None) or repr(coroutine)
+    return getattr(coroutine, "__qualname__", None) or printable_repr(coroutine)
 
 
 def spawn(
@@ -75,7 +76,7 @@ def spawn(
             f"spawn() takes a coroutine, and was given {_name_of(coroutine)}, of type "
             f"{type(coroutine).__name__}. Call the coroutine function: spawn(send_mail(user))."
         )
-    name = _name_of(coroutine) if name is None else name
+    name = printable(_name_of(coroutine) if name is None else str(name))
     around = scope_here()
     try:
         _check(_name_of(coroutine), around, after)
@@ -189,7 +190,9 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
     try:
         if isinstance(failure, Exception):
-            logger.error("The background task %s failed: %r", name, failure, exc_info=failure)
+            logger.error(
+                "The background task %s failed: %s", name, printable_repr(failure), exc_info=failure
+            )
         elif failure is not None:
             raise failure
     finally:

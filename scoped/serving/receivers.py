@@ -23,6 +23,7 @@ from django.dispatch import Signal
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
+from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
 
@@ -174,7 +175,7 @@ def open_foreign(
     if sender in _our_handlers:
         return
     if environ is not None:
-        name = _name(environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/")
+        name = _name(environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO") or "/"))
         _ForeignScope(name, sender).open(sync_only=True)
     elif scope is not None and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
@@ -209,5 +210,12 @@ def _request_failed(**kwargs: Any) -> None:
         note_failure(failure)
 
 
+def _path(of_wsgi: str) -> str:
+    """WSGI has its bytes as Latin-1 (PEP 3333)."""
+    if of_wsgi.isascii():
+        return of_wsgi
+    return of_wsgi.encode("latin-1", "replace").decode(errors="backslashreplace")
+
+
 def _name(method: str, path: str) -> str:
-    return f"the request {method} {path}"
+    return printable(f"the request {method} {path}")

@@ -26,7 +26,7 @@ import atexit
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from contextvars import Context
@@ -253,7 +253,7 @@ def _close_connections() -> None:
         _close(connection)
 
 
-def _connections() -> list[Any]:
+def _connections() -> Sequence[Any]:
     from django.db import connections  # noqa: PLC0415 (`import scoped` imports no Django)
 
     return connections.all(initialized_only=True)
