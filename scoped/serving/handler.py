@@ -34,9 +34,12 @@ class ScopedHandler(BaseHandler):
     def adapt_method_mode(self, is_async: bool, method: Any, *args: Any, **kwargs: Any) -> Any:
         # Django hands each middleware, and the view, through here as it builds the chain.
         if (converted := _converted(method)) is not None:
-            seen = _seen(converted.__wrapped__)
             # Where something is around it, the converter was wrapped: as New Relic does.
-            method = seen if converted is method else _djangos.convert_exception_to_response(seen)
+            around = converted is not method
+            method = _seen(converted.__wrapped__)
+            if around:
+                convert: Any = vars(_djangos)["convert_exception_to_response"]
+                method = convert(method)
         return super().adapt_method_mode(is_async, method, *args, **kwargs)
 
     def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
@@ -122,20 +125,23 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 async def page_in_thread(
-    make: Callable[[Any, BaseException], Any], request: Any, error: BaseException
+    make: Callable[[Any, Any], Any], request: Any, error: BaseException
 ) -> Any:
-    """Make an error's page in the request's thread. To be called where the error is handled."""
-    page: Any = None
+    """Make an error's page in the request's thread, where Django finds that it is handled."""
+    handled, pages = [error], []
+    del error
 
     def run() -> None:
-        nonlocal page
-        page = make(request, error)
+        try:
+            raise handled[0]
+        except BaseException as error:
+            pages.append(make(request, error))
 
     try:
         await hop(run)  # also where a sync view that was cancelled has left its executor behind
     finally:
-        del error  # no cycle with this frame
-    return page
+        handled.clear()  # no cycle with these frames
+    return pages[0]
 
 
 def scope_of(request: Any) -> RequestScope | None:
