@@ -33,7 +33,7 @@ from scoped.serving.ending import (
     drop_stream,
     in_place_of,
 )
-from scoped.serving.handler import error_page, page_in_thread, scope_of
+from scoped.serving.handler import page_in_thread, scope_of
 from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
@@ -201,7 +201,7 @@ class Exchange:
             failure = await self.own_failure(request_scope, error)
         if failure is not None:
             try:
-                page: Any = await page_in_thread(error_page, request, failure)
+                page: Any = await page_in_thread(request, failure)
             finally:
                 del failure  # no cycle with this frame
             if self.response is not None:
