@@ -136,6 +136,18 @@ PROMISES = {
         "request's thread is torn down there. Under WSGI everything sync works; an async resource "
         "raises `AsyncResourceError` there, which says what to do.",
     ),
+    18: (
+        "A good neighbour",
+        "What hooks into Django's handlers works as under Django's own: patches of their methods, "
+        "wrapped receivers, monitoring, error pages in the request's thread. The scope knows the "
+        "request under every handler that opens one.",
+    ),
+    22: (
+        "A thread is lent clean",
+        "In the thread for its sync code a request finds no transaction, no Context of another "
+        "request, and nothing at all of one that was cut off. A thread that ends closes its "
+        "database connections.",
+    ),
 }
 
 NUMBERS = re.compile(r"\b[Pp]romises? (\d+(?:(?:, | and | to )\d+)*)")

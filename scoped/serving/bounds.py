@@ -46,21 +46,26 @@ async def in_time(step: Awaitable[None], what: str) -> None:
         for _ in range(overdue):
             task.uncancel()
     if overdue:
-        raise TimeoutError(
-            f"{what} took longer than {seconds:g} seconds. Make it faster, or raise "
-            'SCOPED["TEARDOWN_TIMEOUT"].'
-        )
+        raise _too_long(what, seconds)
 
 
 async def in_thread(thread: LentThread | None, work: Callable[[], None], what: str) -> None:
     """
-    Run it in the request's thread, in time. Where other work hangs there it is run when
-    that ends, should it ever, and not waited for.
+    Run it in the request's thread. After ``TEARDOWN_TIMEOUT`` seconds it is no longer waited
+    for, as nothing ends a thread that hangs, and TimeoutError is raised. Where other work hangs
+    there, it is run when that ends, should it ever, and not waited for.
     """
-    if thread is None or not thread.is_busy:
-        await in_time(hop(work), what)
+    if thread is not None and thread.is_busy:
+        thread.submit(copy_context().run, _late, work, what)
         return
-    thread.submit(copy_context().run, _late, work, what)
+    seconds = Scope.teardown_timeout
+    try:
+        await hop(work, seconds=seconds)
+    except TimeoutError as error:
+        if error.args:
+            raise  # the work's own
+        logger.error("%s still runs after %g seconds, and is waited for no more.", what, seconds)
+        raise _too_long(what, seconds) from None
 
 
 def _late(work: Callable[[], None], what: str) -> None:
@@ -68,6 +73,13 @@ def _late(work: Callable[[], None], what: str) -> None:
         work()
     except Exception as error:
         logger.error("%s, late: %r", what, error, exc_info=error)
+
+
+def _too_long(what: str, seconds: float) -> TimeoutError:
+    return TimeoutError(
+        f"{what} took longer than {seconds:g} seconds. Make it faster, or raise "
+        'SCOPED["TEARDOWN_TIMEOUT"].'
+    )
 
 
 async def sync_code_ended(thread: LentThread, whose: object) -> None:

@@ -4,6 +4,7 @@ of ``request_finished``.
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from scoped.serving.ending import (
     drop_stream,
     in_place_of,
 )
-from scoped.serving.handler import error_page, page_in_thread, scope_of
+from scoped.serving.handler import page_in_thread, scope_of
 from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
@@ -46,6 +47,9 @@ __all__ = ["Exchange", "Message", "Receive", "Send"]
 Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+_EAGER = sys.version_info >= (3, 12)
 
 
 class Exchange:
@@ -74,6 +78,7 @@ class Exchange:
         self.request: ASGIRequest | None = None
         self.thread: LentThread | None = None
         self.long_stream: LongStream | None = None
+        self.is_new = True  # its task has yet to take its first step
 
     # For the server's task
 
@@ -81,7 +86,11 @@ class Exchange:
         server = asyncio.current_task()
         assert server is not None
         self.server, self.cancelled_before = server, server.cancelling()
-        self.task = asyncio.create_task(self.run())
+        loop = server.get_loop()
+        if _EAGER and loop.get_task_factory() is None:
+            # A request that never waits is over when this returns.
+            return asyncio.Task(self.run(), loop=loop, eager_start=True)
+        self.task = loop.create_task(self.run())
         return self.task
 
     def listen(self, receive: Receive) -> None:
@@ -113,6 +122,9 @@ class Exchange:
     # In the request's task
 
     async def run(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.is_new = task, False
         if getattr(AsyncToSync.executors, "current", None) is not None:
             # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
             await self.run_in_context()
@@ -201,7 +213,7 @@ class Exchange:
             failure = await self.own_failure(request_scope, error)
         if failure is not None:
             try:
-                page: Any = await page_in_thread(error_page, request, failure)
+                page: Any = await page_in_thread(request, failure)
             finally:
                 del failure  # no cycle with this frame
             if self.response is not None:

@@ -103,7 +103,7 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 return await get_response(request)
             except Exception as error:
                 note_failure(error)
-                return await page_in_thread(exception.response_for_exception, request, error)
+                return await page_in_thread(request, error)
             except BaseException as error:
                 note_failure(error)
                 raise
@@ -124,26 +124,6 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return inner
 
 
-async def page_in_thread(
-    make: Callable[[Any, Any], Any], request: Any, error: BaseException
-) -> Any:
-    """Make an error's page in the request's thread, where Django finds that it is handled."""
-    handled, pages = [error], []
-    del error
-
-    def run() -> None:
-        try:
-            raise handled[0]
-        except BaseException as error:
-            pages.append(make(request, error))
-
-    try:
-        await hop(run)  # also where a sync view that was cancelled has left its executor behind
-    finally:
-        handled.clear()  # no cycle with these frames
-    return pages[0]
-
-
 def scope_of(request: Any) -> RequestScope | None:
     """The scope that was opened for this request, which it then knows."""
     scope = scope_here()
@@ -154,10 +134,25 @@ def scope_of(request: Any) -> RequestScope | None:
 
 
 def error_page(request: Any, error: BaseException) -> Any:
-    """What Django answers to a request that fails after its middleware; the signal is sent."""
+    """What Django answers to a request that fails with this; the signal is sent."""
     if settings.DEBUG and isinstance(error, TeardownError):
         error.__cause__ = error.exceptions[0]  # Django's page shows causes, but no groups
+    traceback = error.__traceback__
     try:
         raise error
-    except BaseException:  # looked up by Django as the one being handled
+    except BaseException:  # Django looks up the one that is being handled
+        error.__traceback__ = traceback
         return exception.response_for_exception(request, error)
+    finally:
+        del error, traceback  # no cycle with this frame
+
+
+async def page_in_thread(request: Any, error: BaseException) -> Any:
+    """The same, made in the request's thread."""
+    pages: list[Any] = []
+    try:
+        # Also where a sync view that was cancelled has left its executor behind in the Context.
+        await hop(lambda error=error: pages.append(error_page(request, error)))
+    finally:
+        del error  # no cycle with this frame
+    return pages[0]
