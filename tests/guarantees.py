@@ -136,6 +136,32 @@ PROMISES = {
         "request's thread is torn down there. Under WSGI everything sync works; an async resource "
         "raises `AsyncResourceError` there, which says what to do.",
     ),
+    18: (
+        "A good neighbour",
+        "What patches or wraps Django's handler works as under Django's own. A test client serves "
+        "exactly as the handler that it stands for.",
+    ),
+    19: (
+        "Who cancels is known",
+        "A cancellation by the client or the server ends the request. One that a factory's own "
+        "timeout or task group causes is that factory's failure, and so the request's: Django's "
+        "500, and `got_request_exception`; in a stream, the failure of the stream. A view that "
+        "middleware cancels and answers for has failed, and so has a request whose middleware "
+        "raises, whatever page Django makes of that. What middleware returns is success.",
+    ),
+    21: (
+        "Every wait has a bound",
+        "Nothing between the last byte and the end of the request waits for ever: a stream's "
+        "`aclose()`, a receiver of `request_finished`, sync code in its thread, a response's own "
+        "`close()`. Each has as long as a teardown may take. `request_finished` comes once, and "
+        "all is closed, also where `close()` raises or a response is served again.",
+    ),
+    26: (
+        "Kept or said",
+        "Whatever is declared and cannot be kept is said at once: `spawn()` of what is no "
+        "coroutine, or after a response that is not to come; a stream that holds for long what "
+        "others wait for.",
+    ),
 }
 
 NUMBERS = re.compile(r"\b[Pp]romises? (\d+(?:(?:, | and | to )\d+)*)")
