@@ -138,8 +138,10 @@ PROMISES = {
     ),
     18: (
         "A good neighbour",
-        "What patches or wraps Django's handler works as under Django's own. A test client serves "
-        "exactly as the handler that it stands for.",
+        "What hooks into Django's handlers works as under Django's own: patches of their methods, "
+        "wrapped receivers, monitoring, error pages in the request's thread. The scope knows the "
+        "request under every handler that opens one, and a test client serves as the handler that "
+        "it stands for.",
     ),
     19: (
         "Who cancels is known",
@@ -155,6 +157,21 @@ PROMISES = {
         "`aclose()`, a receiver of `request_finished`, sync code in its thread, a response's own "
         "`close()`. Each has as long as a teardown may take. `request_finished` comes once, and "
         "all is closed, also where `close()` raises or a response is served again.",
+    ),
+    22: (
+        "A thread is lent clean",
+        "In the thread for its sync code a request finds no transaction, no Context of another "
+        "request, and nothing at all of one that was cut off. A thread that ends closes its "
+        "database connections.",
+    ),
+    23: (
+        "Nothing is done to another's object that may fail",
+        "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
+        "stays what is raised. And nothing piles up on one that is raised again and again.",
+    ),
+    25: (
+        "What a client sends stays what it is",
+        "Path, method and names reach a log line, a message or a page escaped and cut.",
     ),
     26: (
         "Kept or said",

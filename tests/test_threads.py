@@ -1,4 +1,7 @@
-"""The thread for a request's sync code: taken when it is needed, lent again, never shared."""
+"""The thread for a request's sync code: taken when it is needed, lent again, never shared.
+
+Promise 22, where it is not said otherwise.
+"""
 
 import asyncio
 import threading

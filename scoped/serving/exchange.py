@@ -4,6 +4,7 @@ of ``request_finished``.
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+_EAGER = sys.version_info >= (3, 12)
+
+
 class Exchange:
     """
     ``begin()`` starts it, ``listen()`` and ``cut_off()`` are for the task that waits for
@@ -74,6 +78,7 @@ class Exchange:
         self.request: ASGIRequest | None = None
         self.thread: LentThread | None = None
         self.long_stream: LongStream | None = None
+        self.is_new = True  # its task has yet to take its first step
 
     # For the server's task
 
@@ -81,7 +86,11 @@ class Exchange:
         server = asyncio.current_task()
         assert server is not None
         self.server, self.cancelled_before = server, server.cancelling()
-        self.task = asyncio.create_task(self.run())
+        loop = server.get_loop()
+        if _EAGER and loop.get_task_factory() is None:
+            # A request that never waits is over when this returns.
+            return asyncio.Task(self.run(), loop=loop, eager_start=True)
+        self.task = loop.create_task(self.run())
         return self.task
 
     def listen(self, receive: Receive) -> None:
@@ -113,6 +122,9 @@ class Exchange:
     # In the request's task
 
     async def run(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.is_new = task, False
         if getattr(AsyncToSync.executors, "current", None) is not None:
             # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
             await self.run_in_context()

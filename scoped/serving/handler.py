@@ -34,9 +34,12 @@ class ScopedHandler(BaseHandler):
     def adapt_method_mode(self, is_async: bool, method: Any, *args: Any, **kwargs: Any) -> Any:
         # Django hands each middleware, and the view, through here as it builds the chain.
         if (converted := _converted(method)) is not None:
-            seen = _seen(converted.__wrapped__)
             # Where something is around it, the converter was wrapped: as New Relic does.
-            method = seen if converted is method else _djangos.convert_exception_to_response(seen)
+            around = converted is not method
+            method = _seen(converted.__wrapped__)
+            if around:
+                convert: Any = vars(_djangos)["convert_exception_to_response"]
+                method = convert(method)
         return super().adapt_method_mode(is_async, method, *args, **kwargs)
 
     def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:

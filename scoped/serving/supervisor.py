@@ -23,12 +23,13 @@ async def supervise(exchange: "Exchange", receive: "Receive") -> None:
     """
     child = exchange.begin()
     cancellation: asyncio.CancelledError | None = None
-    try:
-        # A request that never waits is over after its first turn: nobody need listen.
-        await asyncio.sleep(0)
-    except asyncio.CancelledError as error:
-        cancellation = error
-        exchange.cut_off()
+    if exchange.is_new:
+        try:
+            # A request that never waits is over after its first turn: nobody need listen.
+            await asyncio.sleep(0)
+        except asyncio.CancelledError as error:
+            cancellation = error
+            exchange.cut_off()
     if not child.done():
         exchange.listen(receive)
     while not child.done():

@@ -25,6 +25,12 @@ async def db() -> AsyncIterator[str]:
     tell("teardown", "")
 
 
+@request_scoped
+async def breaks() -> AsyncIterator[str]:
+    yield "breaks"
+    raise ValueError("boom")
+
+
 async def view(request: HttpRequest) -> HttpResponse:
     tell("view", request.GET["user"])
     return HttpResponse()
@@ -57,6 +63,11 @@ async def holds(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
+async def breaks_down(request: HttpRequest) -> HttpResponse:
+    tell("view", request.GET["user"])
+    return HttpResponse(await breaks())
+
+
 async def hangs(request: HttpRequest) -> HttpResponse:
     tell("view", request.GET["user"])
     reached.set()
@@ -70,6 +81,7 @@ urlpatterns = [
     path("raises", raises),
     path("streams", streams),
     path("holds", holds),
+    path("breaks", breaks_down),
     path("hangs", hangs),
 ]
 

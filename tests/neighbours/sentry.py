@@ -47,7 +47,8 @@ def tell(what: str, user: str) -> None:
 async def main(whose: str) -> None:
     application = project.application(whose)
     of_each = {}
-    for number, where in enumerate(("view", "sync", "raises", "streams", "hangs", "holds", "view")):
+    kinds = ("view", "sync", "raises", "streams", "hangs", "holds", "breaks", "view")
+    for number, where in enumerate(kinds):
         sent.clear()
         await project.get(application, where, f"user-{number}")
         of_each[f"{number} {where}"] = list(sent)
@@ -65,7 +66,7 @@ async def main(whose: str) -> None:
 
 
 if __name__ == "__main__":
-    logging.disable()
+    logging.lastResort = None  # it is Sentry that is to hear of it
     # In the settings, as Sentry's pages have it: before Django, and scoped, are set up.
     sentry_sdk.init("http://key@localhost/1", transport=Keep, traces_sample_rate=1.0)
     project.tell = tell

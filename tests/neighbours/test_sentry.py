@@ -21,7 +21,8 @@ def found():
 def test_each_request_is_one_transaction_with_its_own_data_and_nobody_elses(found):
     for number, (request, sent) in enumerate(found["scoped"]["sent"].items()):
         kinds = [event["type"] for event in sent]
-        assert kinds == (["event", "transaction"] if "raises" in request else ["transaction"])
+        fails = "raises" in request or "breaks" in request
+        assert kinds == (["event", "transaction"] if fails else ["transaction"])
         for event in sent:
             assert event["query"] == f"user=user-{number}"
             assert event["user"] == f"user-{number}"
@@ -29,9 +30,9 @@ def test_each_request_is_one_transaction_with_its_own_data_and_nobody_elses(foun
 
 
 def test_it_is_what_is_sent_under_djangos_own_handler(found):
-    # But for the request that uses a resource, which Django's before 6.1 does not serve.
+    # But for requests that use a resource, which Django's before 6.1 does not serve.
     for request, sent in found["stock"]["sent"].items():
-        if "holds" not in request:
+        if "holds" not in request and "breaks" not in request:
             assert found["scoped"]["sent"][request] == sent
 
 
@@ -39,6 +40,12 @@ def test_a_transaction_has_the_spans_of_threads_streams_and_teardowns(found):
     sent = found["scoped"]["sent"]
     assert sent["3 streams"][0]["spans"] == ["stream", "view"]
     assert sent["5 holds"][0]["spans"] == ["in a thread", "teardown"]
+
+
+def test_a_teardown_that_fails_after_the_last_byte_is_an_event_of_its_request(found):
+    event, _ = found["scoped"]["sent"]["6 breaks"]
+    assert "ValueError" in event["error"]
+    assert event["query"] == "user=user-6"
 
 
 def test_a_thousand_requests_leave_nothing_behind(found):
