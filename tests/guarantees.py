@@ -140,13 +140,44 @@ PROMISES = {
         "A good neighbour",
         "What hooks into Django's handlers works as under Django's own: patches of their methods, "
         "wrapped receivers, monitoring, error pages in the request's thread. The scope knows the "
-        "request under every handler that opens one.",
+        "request under every handler that opens one, and a test client serves as the handler that "
+        "it stands for.",
+    ),
+    19: (
+        "Who cancels is known",
+        "A cancellation by the client or the server ends the request. One that a factory's own "
+        "timeout or task group causes is that factory's failure, and so the request's: Django's "
+        "500, and `got_request_exception`; in a stream, the failure of the stream. A view that "
+        "middleware cancels and answers for has failed, and so has a request whose middleware "
+        "raises, whatever page Django makes of that. What middleware returns is success.",
+    ),
+    21: (
+        "Every wait has a bound",
+        "Nothing between the last byte and the end of the request waits for ever: a stream's "
+        "`aclose()`, a receiver of `request_finished`, sync code in its thread, a response's own "
+        "`close()`. Each has as long as a teardown may take. `request_finished` comes once, and "
+        "all is closed, also where `close()` raises or a response is served again.",
     ),
     22: (
         "A thread is lent clean",
         "In the thread for its sync code a request finds no transaction, no Context of another "
         "request, and nothing at all of one that was cut off. A thread that ends closes its "
         "database connections.",
+    ),
+    23: (
+        "Nothing is done to another's object that may fail",
+        "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
+        "stays what is raised. And nothing piles up on one that is raised again and again.",
+    ),
+    25: (
+        "What a client sends stays what it is",
+        "Path, method and names reach a log line, a message or a page escaped and cut.",
+    ),
+    26: (
+        "Kept or said",
+        "Whatever is declared and cannot be kept is said at once: `spawn()` of what is no "
+        "coroutine, or after a response that is not to come; a stream that holds for long what "
+        "others wait for.",
     ),
 }
 

@@ -86,7 +86,7 @@ MUTATIONS = [
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
-        ("serving/threads", "        if self.is_busy:\n", "        if False:\n"),
+        ("serving/threads", "        elif worker.is_busy:\n", "        elif False:\n"),
     ),
     mutation(
         "the response's closers are not run",
@@ -353,8 +353,8 @@ MUTATIONS = [
         "what middleware raises is not noted in sync code",
         (
             "serving/handler",
-            "            note_failure(error)\n            return response",
-            "            return response",
+            "            note_failure(error)\n            return exception",
+            "            return exception",
         ),
     ),
     mutation(
@@ -534,17 +534,17 @@ MUTATIONS = [
     mutation(
         "a body that fails under WSGI is no failure",
         (
-            "wsgi",
-            "            note_failure(error)\n            raise\n\n    def close",
-            "            raise\n\n    def close",
+            "serving/streams",
+            "        scope.note_failure(error)\n        raise\n\n\nasync def _parts_async",
+            "        raise\n\n\nasync def _parts_async",
         ),
     ),
     mutation(
         "a body that a WSGI server gives up is a failure",
         (
-            "wsgi",
-            "            raise  # the server has had enough\n",
-            "            note_failure(GeneratorExit())\n            raise\n",
+            "serving/streams",
+            "        raise  # the server has had enough\n",
+            "        scope.note_failure(GeneratorExit())\n        raise\n",
         ),
     ),
     mutation(

@@ -6,6 +6,7 @@ whatever a response does when it is closed.
 
 import asyncio
 import threading
+import time
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -242,6 +243,21 @@ async def test_a_sync_view_that_never_ends_after_its_client_has_gone(connected, 
     async with asyncio.timeout(30):
         await finished.wait()
     assert log == ["torn down", "audit"]
+
+
+def test_an_event_loop_ends_though_a_receiver_hangs_in_its_thread(connected, released, impatient):
+    def audit(**kwargs):
+        released.wait(30)
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await Connection(ScopedASGIHandler(), "/plain").run()
+
+    connected(audit)
+    began = time.monotonic()
+    asyncio.run(main())
+    assert not released.is_set()
+    assert time.monotonic() - began < 25  # else it has waited for the thread
 
 
 # A cancellation at every turn

@@ -153,14 +153,22 @@ async def _hop(work: Callable[[], None]) -> None:
         try:
             await sync_to_async(run)()
         except asyncio.CancelledError:
-            continue  # of this very task: not before it is done
+            if asyncio.current_task() in _late:
+                raise  # the event loop ends
+            # Of this very task: not before it is done.
         except RuntimeError:
             # A cancelled async_to_sync() has left its executor, which has ended, in the Context.
             if getattr(AsyncToSync.executors, "current", None) is None:
                 raise
             AsyncToSync.executors.current = None
-    await outlast(asyncio.wrap_future(done))
-    done.result()
+    ended = asyncio.wrap_future(done)
+    while not ended.done():
+        try:
+            await asyncio.wait([ended])
+        except asyncio.CancelledError:
+            if asyncio.current_task() in _late:
+                raise
+    ended.result()
 
 
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:

@@ -28,6 +28,8 @@ async def in_time(step: Awaitable[None], what: str) -> None:
     loop, seconds = task.get_loop(), Scope.teardown_timeout
     before, overdue = task.cancelling(), 0
 
+    timer: asyncio.TimerHandle
+
     def expire() -> None:
         nonlocal overdue, timer
         overdue += 1

@@ -49,7 +49,7 @@ class ScopedHandler(BaseHandler):
 
     def get_response(self, request: Any) -> Any:
         scope = scope_of(request)
-        response = super().get_response(request)
+        response: Any = super().get_response(request)
         response._handler_class = None  # whoever has served it before
         if scope is None:
             return response
@@ -142,7 +142,8 @@ def error_page(request: Any, error: BaseException) -> Any:
         raise error
     except BaseException:  # Django looks up the one that is being handled
         error.__traceback__ = traceback
-        return exception.response_for_exception(request, error)
+        make_page: Any = exception.response_for_exception  # typed for an Exception
+        return make_page(request, error)
     finally:
         del error, traceback  # no cycle with this frame
 
@@ -152,7 +153,11 @@ async def page_in_thread(request: Any, error: BaseException) -> Any:
     pages: list[Any] = []
     try:
         # Also where a sync view that was cancelled has left its executor behind in the Context.
-        await hop(lambda error=error: pages.append(error_page(request, error)))
+        await hop(partial(_add_page, pages, request, error))
     finally:
         del error  # no cycle with this frame
     return pages[0]
+
+
+def _add_page(pages: list[Any], request: Any, error: BaseException) -> None:
+    pages.append(error_page(request, error))
