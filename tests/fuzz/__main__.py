@@ -28,11 +28,12 @@ def main() -> None:
     parser.add_argument("--switch-interval", type=float, default=sys.getswitchinterval())
     options = parser.parse_args()
 
-    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.fuzz.settings")
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.fuzz.settings"
     django.setup()
     logging.disable(logging.CRITICAL)
     # A task of the program's that is cancelled before its first step awaits nothing.
-    warnings.filterwarnings("ignore", r"coroutine '(Program|World)\.")
+    warnings.filterwarnings("ignore", r"coroutine '(Program|Site)\.")
+    warnings.filterwarnings("ignore", "StreamingHttpResponse must consume")
     sys.setswitchinterval(options.switch_interval)
     run = importlib.import_module(f"tests.fuzz.{options.what}").run
 

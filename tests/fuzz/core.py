@@ -118,8 +118,8 @@ class Recipe:
         return (self.program.dice.randint(0, 1),) * self.is_keyed
 
     def begin(self, key: tuple[int, ...]) -> Attempt:
-        scope = None if self.lifetime == "lifespan" else scope_here()
-        return Attempt(self.name, self.is_generator, scope, key, thread=threading.get_ident())
+        thread = threading.get_ident()
+        return Attempt(self.name, self.is_generator, scope_here(), key, thread=thread)
 
     # What the factories do
 
@@ -208,7 +208,12 @@ class Recipe:
                 self.reset(token)
 
     def check_thread(self, attempt: Attempt) -> None:
-        if (self.lifetime == "lifespan" or attempt.thread == self.program.loop_thread) and (
+        """
+        Those of a lifespan, and those of the event loop, end where they began. To the thread of a
+        pool there is no way back, nor to one of code without an event loop.
+        """
+        is_bound = self.lifetime == "lifespan" and not attempt.scope.sync_only
+        if (is_bound or attempt.thread == self.program.loop_thread) and (
             attempt.thread != threading.get_ident()
         ):
             self.program.problem("torn down in another thread:", attempt)
@@ -539,7 +544,7 @@ class Program(World):
         """One at a time, in each scope."""
         by_scope: dict[Any, list[Attempt]] = {}
         for attempt in self.attempts:
-            if attempt.up_at and attempt.is_generator and attempt.scope is not None:
+            if attempt.up_at and attempt.is_generator:
                 key = attempt.scope, attempt.name, attempt.key
                 by_scope.setdefault(key, []).append(attempt)
         for attempts in by_scope.values():
