@@ -222,7 +222,8 @@ class LifespanScope(Scope):
         Outlive the requests: the server has no lifespan protocol to say when it
         ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
         """
-        self._holders += 1
+        with _lock:
+            self._holders += 1
         if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
         atexit.register(self._close_at_exit)

@@ -99,15 +99,18 @@ class Record:
 
     def settle(self, outcome: "Outcome | None") -> None:
         """Tell those who wait, after the state has changed; None: it has gone."""
-        if self.waiters is None:
+        if (waiters := self.waiters) is None:
             return
-        for waiter in list(self.waiters):
+        for waiter in list(waiters):
+            try:
+                del waiters[waiter]  # whoever completes it and whoever takes it may come at once
+            except KeyError:
+                continue
             if isinstance(waiter, Latch):
                 waiter.wake(outcome)
             elif not waiter.done():
                 with suppress(RuntimeError):  # its event loop has ended, and so has who waits
                     waiter.set_result(outcome)
-        self.waiters.clear()
 
     def gone(self) -> None:
         """Nothing is kept: the Context of a stray task may hold the record for ever."""
