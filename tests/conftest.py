@@ -8,6 +8,7 @@ from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
 
 from demo.servers import postgres, redis
+from tests.slowness import FACTOR, within
 
 # A shell that runs the tests in the background has them, and so the servers they start, ignore
 # Ctrl-C, which some of those are to be ended with.
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if impossible:
         config.hook.pytest_deselected(items=impossible)
         items[:] = [item for item in items if item not in impossible]
+    if FACTOR > 1:
+        default = config.getoption("timeout") or config.getini("timeout")
+        for item in items:
+            own = item.get_closest_marker("timeout")
+            seconds = float(own.args[0] if own else default)
+            item.add_marker(pytest.mark.timeout(within(seconds)), append=False)
 
 
 @pytest.fixture(autouse=True)
