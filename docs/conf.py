@@ -20,7 +20,7 @@ urls = about.get("urls", {})
 project = about["name"]
 release = about["version"]
 author = "the scoped project"
-project_copyright = ""
+html_show_copyright = False
 html_title = f"scoped {release}"
 
 root_doc = "index"
