@@ -10,6 +10,7 @@ import pytest
 from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
 from scoped.testing import override
 from tests import pages
+from tests.slowness import within
 
 PAGE = pages.DOCS / "testing.md"
 ASYNC = ("testing.md", "Tests")
@@ -117,7 +118,7 @@ def run(folder, *arguments):
         },
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=within(50),
         check=False,
     )
 
