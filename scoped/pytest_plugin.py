@@ -18,13 +18,16 @@ Either raises AssertionError at its end where a test that has passed leaves a re
 """
 
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
+from django.db import connections
 
 import scoped
 from scoped.core.request import RequestScope
+from scoped.serving.threads import end_idle
 from scoped.testing import AsyncClient, Client, assert_no_leaks
 
 __all__ = ["request_scope", "scoped_client"]
@@ -71,16 +74,18 @@ _failures = pytest.StashKey[list[BaseException]]()
 
 @pytest.fixture
 def _scoped_failures(request: pytest.FixtureRequest) -> Generator[list[BaseException], None, None]:
-    request.node.stash[_failures] = failures = []
+    failures: list[BaseException] = []
+    request.node.stash[_failures] = failures
     yield failures
     del request.node.stash[_failures]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if _failures in item.stash and call.when != "teardown" and call.excinfo is not None:
-        if not call.excinfo.errisinstance(pytest.skip.Exception):
-            item.stash[_failures].append(call.excinfo.value)
+    if _failures not in item.stash or call.when == "teardown" or call.excinfo is None:
+        return
+    if not call.excinfo.errisinstance(pytest.skip.Exception):
+        item.stash[_failures].append(call.excinfo.value)
 
 
 @contextmanager
@@ -97,6 +102,20 @@ def _failing_as(failures: list[BaseException]) -> Generator[Callable[[], None], 
     except BaseException as error:
         if error not in failures:  # those are reported already
             raise
+
+
+@asynccontextmanager
+async def _no_connections_left() -> AsyncGenerator[None, None]:
+    """
+    Django's belong to the threads that async code has its ORM calls run in. They are not the
+    main thread, whose connections are the test's: so nobody else closes them, and the test
+    database could not be dropped.
+    """
+    try:
+        yield
+    finally:
+        end_idle()
+        await sync_to_async(connections.close_all)()
 
 
 @pytest.fixture(name="_scoped_client_sync")
@@ -121,7 +140,7 @@ def _scope_sync(_scoped_failures: list[BaseException]) -> Generator[RequestScope
 def _client() -> Callable[..., AsyncGenerator[AsyncClient, None]]:
     async def client(_scoped_failures: list[BaseException]) -> AsyncGenerator[AsyncClient, None]:
         with _failing_as(_scoped_failures) as fail_with_the_test:
-            async with AsyncClient() as client:
+            async with _no_connections_left(), AsyncClient() as client:
                 yield client
             fail_with_the_test()
 
@@ -131,7 +150,7 @@ def _client() -> Callable[..., AsyncGenerator[AsyncClient, None]]:
 def _scope() -> Callable[..., AsyncGenerator[RequestScope, None]]:
     async def scope(_scoped_failures: list[BaseException]) -> AsyncGenerator[RequestScope, None]:
         with _failing_as(_scoped_failures) as fail_with_the_test:
-            async with scoped.request_scope() as scope:
+            async with _no_connections_left(), scoped.request_scope() as scope:
                 yield scope
                 fail_with_the_test()
 
