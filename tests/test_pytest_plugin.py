@@ -401,7 +401,7 @@ async def test_transaction_fails(request_scope, transactional_db):
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_z_nothing_passes():
+async def test_z_nothing_passes(request_scope):
     assert not await Show.objects.aexists()
 
 
