@@ -1,5 +1,8 @@
 """docs/why.md: its table is what happens, on this Django."""
 
+import sys
+from types import ModuleType
+
 import pytest
 from django.http import HttpResponse
 from django.urls import path
@@ -69,10 +72,13 @@ async def db():
 """
 
 
-async def test_a_connection_that_is_asked_for_and_one_that_is_handed_on(project, tmp_path, serve):
-    (tmp_path / "resources.py").write_text(RESOURCES)
-    services = project(AMBIENT).services
-    log = services.db.resource.factory.function.__globals__["log"]
+async def test_a_connection_that_is_asked_for_and_one_that_is_handed_on(
+    project, serve, monkeypatch
+):
+    resources = ModuleType("resources")
+    exec(RESOURCES, vars(resources))  # noqa: S102
+    monkeypatch.setitem(sys.modules, "resources", resources)
+    services, log = project(AMBIENT).services, resources.log
 
     async def hidden(request):
         await services.rename("1", "Ada")
