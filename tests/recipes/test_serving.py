@@ -15,8 +15,7 @@ from tests.recipes.conftest import lifespan
 
 ASYNCPG = ("postgresql.md", "asyncpg")
 STATIC = ("serving.md", "Static files in development")
-INSIDE = ("serving.md", "Inside Starlette or FastAPI")
-AROUND = ("serving.md", "Around FastAPI")
+BESIDE = ("serving.md", "FastAPI beside it")
 LAMBDA = ("serving.md", "AWS Lambda")
 
 
@@ -53,22 +52,8 @@ async def test_static_files_and_views_from_one_application(recipe, serve, notes,
 # FastAPI
 
 
-async def test_mounted_in_another_application(recipe, notes):
-    project = recipe(ASYNCPG, INSIDE)
-    application = project.asgi.application
-    with urls(path("", project.views.post)):
-        async with lifespan(application):
-            for text in ["one", "two"]:
-                assert (await get(application, f"/site/?text={text}")).status_code == 204
-            pool = await project.resources.pool()
-            assert pool.get_idle_size() == pool.get_size() > 0
-            assert not pool.is_closing()
-    assert pool.is_closing()
-    assert await notes() == ["one", "two"]
-
-
 async def test_another_application_beside_it(recipe, notes):
-    project = recipe(ASYNCPG, AROUND)
+    project = recipe(ASYNCPG, BESIDE)
     asgi, pools = project.asgi, []
 
     @asgi.api.post("/api/fails")
