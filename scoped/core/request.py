@@ -74,7 +74,8 @@ class RequestScope(Scope):
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
         self._open(running_loop(), current_task())
-        self.sync_only = sync_only
+        if sync_only:
+            self.sync_only, self.owner = True, None  # not even a task at hand runs async factories
         if loop is not None:  # that of the sync code which opens it, and owns it no further
             self.loop, self.owner, self.thread = loop, None, 0
         self._find_lifespan()

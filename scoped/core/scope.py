@@ -31,7 +31,7 @@ from scoped.core import observer
 from scoped.core.abandoned import dismiss
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, LifetimeError, ScopeClosedError, TeardownError
-from scoped.core.record import ENDING, GONE, HELD, Record, next_number
+from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
 from scoped.core.resource import Lifetime
 from scoped.core.teardown import (
     end_all,
@@ -190,7 +190,7 @@ class Scope:
         ):
             return False
         if record.waiters is not None:
-            record.settle((value,))
+            record.settle(Outcome(value))
         return True
 
     def fail(self, record: Record, error: BaseException) -> None:
@@ -198,7 +198,7 @@ class Scope:
         if self.records.get(record.resource) is record:
             del self.records[record.resource]
         record.state = GONE
-        record.settle(error)
+        record.settle(Outcome(None, error, error.__traceback__))
         record.gone()
 
     def take(self, record: Record) -> bool:
@@ -382,6 +382,10 @@ class Scope:
                 source=self,
                 stacklevel=2,
             )
+
+    def in_use_by(self) -> str:
+        """Who is known to use what it holds, though it closes; else the empty string."""
+        return ""
 
     async def _closed(self) -> None:
         """What is left to do when nothing is held any more."""

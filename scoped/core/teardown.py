@@ -187,6 +187,7 @@ def stop_set_ups_sync(scope: "Scope", lifetime: "Lifetime") -> None:
 
 def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
     """Sync set-ups under way in other threads that use what the scope holds."""
+    here = current.get()
     return [
         record
         for record in list(scope.records.values())
@@ -195,6 +196,7 @@ def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
         and isinstance(record.place, Thread)
         and record.place.ident != get_ident()
         and record.resource.lifetime <= lifetime
+        and not _leads_to(record, here)
         and any(used.state in (HELD, STARTING) for used in list(record.uses))
     ]
 
