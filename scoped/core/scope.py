@@ -325,11 +325,9 @@ class Scope:
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if (cancellation := await self._stop(Lifetime.LIFESPAN)) is not None:
+            if self._is_busy() and (cancellation := await self._stop(Lifetime.LIFESPAN)):
                 problems.append(cancellation)
-            if self.records:
-                await end_all(self, Lifetime.RESPONSE, failure, problems)
-                await end_all(self, Lifetime.LIFESPAN, failure, problems)
+            await end_all(self, Lifetime.LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
@@ -342,15 +340,22 @@ class Scope:
         if problems:
             raise_all(self, problems)
 
+    def _is_busy(self) -> bool:
+        """Whether anything is being set up or torn down, which the end has to wait for."""
+        if self.ending:
+            return True
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.state != HELD:
+                return True
+        return False
+
     async def _stop(self, lifetime: Lifetime) -> BaseException | None:
         """Let set-ups, and what is being released, come to their end."""
         if self.sync_only or running_loop() is None:
             stop_set_ups_sync(self, lifetime)
             wait_for_others_sync(self, self.teardown_timeout)
             return None
-        cancellation: BaseException | None = None
-        if any(record.state != HELD for record in list(self.records.values())):
-            cancellation = await stop_set_ups(self, lifetime)
+        cancellation: BaseException | None = await stop_set_ups(self, lifetime)
         while self.ending:
             try:
                 await wait_for_others(self)
