@@ -138,10 +138,11 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self.records or self.ending or self.lifespan:
-                await self.close(exc)
-            elif self.is_open:  # what nothing has used is closed without a coroutine
-                self._let_go(exc if self.failure is None else self.failure)
+            if self.begin_to_close():
+                if self.records or self.ending or self.lifespan:
+                    await self._close(exc)
+                else:  # what nothing has used is closed without a coroutine
+                    self._let_go(exc if self.failure is None else self.failure)
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise

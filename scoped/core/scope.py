@@ -317,9 +317,20 @@ class Scope:
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
+        if self.begin_to_close():
+            await self._close(failure)
+
+    def begin_to_close(self) -> bool:
+        """
+        Whether it is for the caller to close it. From now on nothing new is kept; so what is
+        found after this, and not before it, is all.
+        """
         if self._state != "open":
-            return
+            return False
         self._state = "closing"
+        return True
+
+    async def _close(self, failure: BaseException | None) -> None:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
