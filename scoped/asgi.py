@@ -17,12 +17,13 @@ from scoped import conf
 from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.names import printable_repr
+from scoped.discovery import import_urls
 from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
 from scoped.serving.supervisor import supervise
-from scoped.serving.threads import LentThread, end_idle
+from scoped.serving.threads import LentThread, idle_ended
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -87,12 +88,13 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
     """
     phase = "startup"
     await receive()
+    import_urls()  # what the views declare with eager=True is known then
     try:
         async with lifespan_scope():
             await send({"type": "lifespan.startup.complete"})
             phase = "shutdown"
             await receive()
-        await end_idle()
+        await idle_ended()
     except Exception as error:
         notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)

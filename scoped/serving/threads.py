@@ -42,7 +42,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from scoped.core.scope import Scope
 from scoped.core.waits import outlast
 
-__all__ = ["LentThread", "end_idle", "tidy"]
+__all__ = ["LentThread", "end_idle", "idle_ended", "tidy"]
 
 T = TypeVar("T")
 _Work = Callable[[], Any]
@@ -324,11 +324,14 @@ def tidy() -> None:
         close_old_connections()
 
 
-async def end_idle() -> None:
-    """
-    Let go of the threads that nobody uses, as at a server's shutdown: when this returns,
-    they have closed their connections.
-    """
+def end_idle() -> None:
+    """Let go of the threads that nobody uses. They close their connections."""
+    while _idle:
+        _idle.pop().end()
+
+
+async def idle_ended() -> None:
+    """As ``end_idle()``; when this returns, they have closed them. At a server's shutdown."""
     closed: list[asyncio.Future[Any]] = []
     while _idle:
         worker = _idle.pop()
