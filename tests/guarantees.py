@@ -151,6 +151,10 @@ PROMISES = {
         "middleware cancels and answers for has failed, and so has a request whose middleware "
         "raises, whatever page Django makes of that. What middleware returns is success.",
     ),
+    20: (
+        "One cancellation, then patience",
+        "What is ending already is not cancelled again before `TEARDOWN_TIMEOUT` is over.",
+    ),
     21: (
         "Every wait has a bound",
         "Nothing between the last byte and the end of the request waits for ever: a stream's "
@@ -163,6 +167,12 @@ PROMISES = {
         "In the thread for its sync code a request finds no transaction, no Context of another "
         "request, and nothing at all of one that was cut off. A thread that ends closes its "
         "database connections.",
+    ),
+    24: (
+        "Nobody takes over what another holds",
+        "Whatever the interleaving of tasks and threads, one of them sets a value up and one tears "
+        "it down; a set-up that succeeds is handed to those who wait for it; nothing is tried again "
+        "without bound.",
     ),
     23: (
         "Nothing is done to another's object that may fail",
