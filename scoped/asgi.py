@@ -17,6 +17,7 @@ from scoped import conf
 from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.names import printable_repr
+from scoped.discovery import import_urls
 from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
@@ -87,6 +88,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
     """
     phase = "startup"
     await receive()
+    import_urls()  # what the views declare with eager=True is known then
     try:
         async with lifespan_scope():
             await send({"type": "lifespan.startup.complete"})

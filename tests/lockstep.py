@@ -15,10 +15,12 @@ from typing import Any
 
 from asgiref.sync import async_to_sync
 
+from tests.slowness import within
+
 # Seconds that the loop waits for a thread to do something: one that waits for another does not.
-GRACE = 0.05
+GRACE = within(0.05)
 # Seconds without anything to do after which the loop is taken to hang.
-PATIENCE = 5.0
+PATIENCE = within(5.0)
 
 
 class Hang(BaseException):

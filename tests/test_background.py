@@ -17,7 +17,6 @@ from django.utils.decorators import async_only_middleware
 
 from scoped import (
     current_scope,
-    inspect,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -27,7 +26,7 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.core.scope import Scope
 from scoped.serving.threads import LentThread
-from scoped.testing import AsyncClient
+from scoped.testing import AsyncClient, assert_no_leaks
 from tests.connection import Connection
 from tests.views import Views
 
@@ -171,14 +170,14 @@ async def test_cancelled_before_its_first_step_it_leaves_nothing() -> None:
     async def work() -> None:
         log.append("never")
 
-    async with lifespan_scope():
-        task = spawn(work(), name="the one that never began")
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    gc.collect()
+    with assert_no_leaks():
+        async with lifespan_scope():
+            task = spawn(work())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        gc.collect()
     assert log == []
-    assert not [one for one in inspect() if "the one that never began" in one.name]
 
 
 async def test_its_sync_code_has_a_thread_of_its_own() -> None:

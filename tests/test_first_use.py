@@ -1255,3 +1255,20 @@ async def test_cancelled_by_anyio_at_every_await_it_leaves_nothing_behind() -> N
     assert cancel_scope.cancelled_caught
     await settle()
     assert pool.free.qsize() == pool.size
+
+
+async def test_a_plain_with_block_holds_sync_resources_only_in_async_code_too() -> None:
+    @request_scoped
+    async def db() -> AsyncIterator[str]:
+        yield "db"
+
+    @request_scoped
+    def tenant() -> Iterator[str]:
+        yield "tenant"
+
+    with request_scope():
+        assert tenant() == "tenant"
+        with pytest.raises(AsyncResourceError, match="async with"):
+            await db()
+        tenant.release()
+        assert tenant() == "tenant"

@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 CORE = [name for name in MODULES if name.startswith("scoped.core.")]
 
 
+@cache
 def imported(source: str, *, at_run_time: bool = True) -> set[str]:
     """The full names of all modules that a source imports, also inside functions."""
     tree = ast.parse(source)

@@ -1,9 +1,10 @@
-"""Every code block of the README, run as it stands there."""
+"""Every code block of the README, run as it stands there; CONTRIBUTING's commands are CI's."""
 
 import asyncio
 import contextvars
 import re
 import runpy
+import shlex
 import signal
 from pathlib import Path
 
@@ -11,17 +12,18 @@ import httpx
 import pytest
 from django.core.signals import request_finished
 
+from tests import pages
 from tests.uvicorn import uvicorn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-CONSOLE = "".join(text for language, text in BLOCKS if language == "console")
 SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
 NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))]
 # Two blocks of one name are one file.
 FILES = {name: "\n".join(text for other, text in NAMED if other == name) for name, _ in NAMED}
+INSTALL, SERVE, DEMO = SHELL
 OTHERS = [text for text in PYTHON if text not in [text for _, text in NAMED]]
 
 
@@ -46,10 +48,11 @@ def project(tmp_path):
 
 
 def test_the_example_serves_requests(project, postgres_url, redis_url):
-    [command] = re.findall(r"^uvicorn --reload project\.(\w+):application (.+)$", CONSOLE, re.M)
+    program, application, *options = shlex.split(SERVE)
+    assert (program, application) == ("uvicorn", "asgi:application")
     with uvicorn(
-        command[0],
-        *command[1].split(),
+        "asgi",
+        *options,
         directory=project,
         DJANGO_SETTINGS_MODULE="settings",
         DATABASE_URL=postgres_url,
@@ -79,7 +82,7 @@ def test_the_scope_outside_a_request(project, postgres_url, monkeypatch):
 async def test_plain_contextvars_with_the_ticket_s_pattern():
     [text] = [text for text in OTHERS if "ContextVar" in text]
     names: dict[str, object] = {}
-    exec(compile(text, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(text, "README.md", "exec"), names)  # noqa: S102 (its own code)
     closed = []
 
     class Connection:
@@ -99,11 +102,27 @@ async def test_plain_contextvars_with_the_ticket_s_pattern():
 def test_no_block_is_left_out():
     assert set(FILES) == {"resources.py", "views.py", "asgi.py", "settings.py"}
     assert len(OTHERS) == 2
-    assert len(SHELL) == 2, "the demo's and the tests' command: .ci/run runs both as they stand"
+    assert INSTALL == "python -m pip install django-scoped"
+    assert DEMO.endswith("python -m demo"), ".ci/run runs it as it stands"
     assert all("\n" not in command for command in SHELL)
-    assert CONSOLE.splitlines() == [
-        "python -m pip install django-scoped",
-        "python -m pip install uvicorn",
-        "uvicorn --reload project.asgi:application --timeout-graceful-shutdown 5",
-    ]
-    assert {language for language, _ in BLOCKS} == {"python", "sh", "console"}
+    assert len(BLOCKS) == len(PYTHON) + len(SHELL)
+
+
+def test_the_first_screen_says_what_hurts_and_what_one_writes():
+    screen = README.splitlines()[:60]
+    assert (
+        "@request_scoped  # one per request: opened on first use, closed after the last byte"
+        in screen
+    )
+    hurts = screen.index(next(line for line in screen if line.startswith("**What hurts.**")))
+    assert hurts < screen.index("```python")
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "RELEASING.md"):
+        for target, anchor in pages.LINK.findall(pages.without_blocks(ROOT / name)):
+            other = ROOT / target if target else ROOT / name
+            assert other.exists(), (name, target)
+            if anchor:
+                anchors = [pages.anchor(heading) for heading in pages.headings(other)]
+                assert anchor in anchors, (name, target, anchor)

@@ -20,7 +20,6 @@ from scoped import (
     FactoryError,
     ScopeClosedError,
     current_scope,
-    inspect,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -573,11 +572,11 @@ class InDjangosTestCase(SimpleTestCase):
 def test_both_serve_djangos_test_cases() -> None:
     case = InDjangosTestCase("run_both")
     result = unittest.TestResult()
-    case(result)
+    with assert_no_leaks():
+        case(result)
+        gc.collect()
     assert result.wasSuccessful(), (result.errors, result.failures)
     assert log.count("+pool") == log.count("-pool") == 1
-    gc.collect()
-    assert inspect() == []
 
 
 def test_a_sync_lifespan() -> None:

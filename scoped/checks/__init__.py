@@ -16,12 +16,12 @@ from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage
 from django.core.management import get_commands
-from django.urls import get_resolver
 from django.utils.version import get_version_tuple
 
 from scoped import conf
 from scoped.checks.yields import first_skipped_line
 from scoped.core.resource import Resource
+from scoped.discovery import import_urls
 
 __all__ = ["declared_resources", "path_from_here", "register"]
 
@@ -134,9 +134,8 @@ def check_yields(**kwargs: Any) -> list[CheckMessage]:
 
 def declared_resources() -> list[Resource[Any]]:
     """All of them, sorted by module and line."""
-    if getattr(settings, "ROOT_URLCONF", None):
-        # Views may declare some, and Django's check that imports them may yet be to come.
-        _ = get_resolver().urlconf_module
+    # Views may declare some, and Django's check that imports them may yet be to come.
+    import_urls()
     return sorted(Resource.declared, key=_place)
 
 

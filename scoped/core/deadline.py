@@ -47,7 +47,7 @@ async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope
         for _ in range(watched.overdue):
             task.uncancel()
     if watched.overdue:
-        raise teardown_timed_out(resource, scope.teardown_timeout)
+        raise teardown_timed_out(resource, scope.teardown_timeout, scope.in_use_by())
     warn_if_slow(resource, scope, loop.time() - began)
 
 

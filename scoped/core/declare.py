@@ -5,6 +5,7 @@ They return a plain function, so that ``await db()`` costs one closure's corouti
 ``async_to_sync(db)`` works as for any other. Its recipe is its attribute ``resource``.
 """
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
@@ -13,7 +14,7 @@ from scoped.core.access import async_access, sync_access
 from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
 from scoped.core.keyed import keyed_async_access, keyed_sync_access
-from scoped.core.lifespan import eager
+from scoped.core.lifespan import eager, lifespans
 from scoped.core.resource import Lifetime, Resource
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "lifespan_scoped",
     "request_scoped",
 ]
+
+logger = logging.getLogger("scoped")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -278,6 +281,13 @@ def _declare(
     access.resource = resource
     if is_eager:
         eager.append(access)
+        if any(lifespan.is_held for lifespan in list(lifespans.values())):
+            logger.warning(
+                "%s is declared with eager=True after start-up, too late to be set up then: it is "
+                "on its first use. Import its module earlier: resources.py of an installed app is, "
+                "where scoped is in INSTALLED_APPS.",
+                resource,
+            )
     return access
 
 

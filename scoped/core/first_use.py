@@ -22,7 +22,7 @@ from scoped.core.errors import (
     note,
 )
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
-from scoped.core.record import HELD, STARTING, Latch, Record
+from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
 from scoped.core.resource import Lifetime
 from scoped.core.waits import running_loop
 
@@ -68,15 +68,21 @@ async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
         if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():
             return await _set_up_needed(record, asker)
         outcome = await _wait(record, asker, is_new)
-        if type(outcome) is tuple and (scope.is_open or record.state == HELD):
-            return outcome[0]
-        # Innocent of a cancellation are those who did not start the set-up: they try again.
-        if isinstance(outcome, Exception) or (is_new and isinstance(outcome, BaseException)):
+        if outcome is not None and _is_for(outcome, record, is_new):
             try:
-                if scope.is_open or isinstance(outcome, ScopeClosedError):
-                    raise outcome
+                return outcome.result()
             finally:
-                del outcome  # no cycle with this frame
+                del outcome  # no cycle of its error and this frame
+
+
+def _is_for(outcome: Outcome, record: Record, is_new: bool) -> bool:
+    """Whether who waits has that outcome; else it tries again, which tells where a scope closes."""
+    if outcome.error is None:
+        return record.scope.is_open or record.state == HELD
+    # Innocent of a cancellation are those who did not start the set-up.
+    if not is_new and not isinstance(outcome.error, Exception):
+        return False
+    return record.scope.is_open or isinstance(outcome.error, ScopeClosedError)
 
 
 async def _set_up_needed(record: Record, asker: Record | None) -> Any:
@@ -89,13 +95,9 @@ async def _set_up_needed(record: Record, asker: Record | None) -> Any:
         asker.got(record)
 
 
-async def _wait(
-    record: Record, asker: Record | None, is_new: bool
-) -> "tuple[Any] | BaseException | None":
+async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome | None:
     """Wait for its set-up, which is handed to a keeper where it is new. Returns its outcome."""
-    waiter: asyncio.Future[tuple[Any] | BaseException | None] = (
-        asyncio.get_running_loop().create_future()
-    )
+    waiter: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
     if asker is not None:
         try:
             asker.need(record, waiter)
@@ -131,16 +133,15 @@ async def _wait(
 
 def _give_up(record: Record, waiter: "asyncio.Future[Any]") -> None:
     if not waiter.done():
-        waiter.set_result(
-            AsyncResourceError(
-                record.resource,
-                record.scope,
-                f"another task has been setting it up for {_PATIENCE:g} seconds, and may be "
-                "waiting for the thread in which sync code waits for it here",
-                "Await it in async code before, in the view or in a middleware, say; sync code "
-                "then has it at once.",
-            )
+        error = AsyncResourceError(
+            record.resource,
+            record.scope,
+            f"another task has been setting it up for {_PATIENCE:g} seconds, and may be "
+            "waiting for the thread in which sync code waits for it here",
+            "Await it in async code before, in the view or in a middleware, say; sync code "
+            "then has it at once.",
         )
+        waiter.set_result(Outcome(None, error))
 
 
 def _is_of_another_task(asker: Record) -> bool:
@@ -258,16 +259,14 @@ def get_sync(scope: "Scope", resource: "Resource[Any]") -> Any:
             pass
         if record.state == STARTING:
             outcome = _wait_for_thread(record, asker)
-            if isinstance(outcome, tuple) and (scope.is_open or record.state == HELD):
-                return outcome[0]
-            if isinstance(outcome, Exception):
+            if outcome is not None and _is_for(outcome, record, is_new=False):
                 try:
-                    raise outcome
+                    return outcome.result()
                 finally:
-                    del outcome  # no cycle of the error and this frame
+                    del outcome  # no cycle of its error and this frame
 
 
-def _wait_for_thread(record: Record, asker: Record | None) -> "tuple[Any] | BaseException | None":
+def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
     latch = Latch()
     if asker is not None:
         asker.need(record, latch)

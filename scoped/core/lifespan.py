@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from scoped.core.current import current
+from scoped.core.names import few
 from scoped.core.record import Record
 from scoped.core.resource import Lifetime
 from scoped.core.scope import Scope
@@ -97,8 +98,17 @@ class LifespanScope(Scope):
         return self
 
     @property
+    def is_held(self) -> bool:
+        """Whether it is a server's, say, for which start-up is over or under way."""
+        return self._holders > 0 and self.is_open
+
+    @property
     def can_be_joined(self) -> bool:
         return self.is_open and not self._is_claimed
+
+    def in_use_by(self) -> str:
+        with _lock:
+            return few(sorted(map(str, self._requests)))
 
     def _claim(self) -> bool:
         """With the lock held."""
@@ -159,7 +169,7 @@ class LifespanScope(Scope):
                 "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
                 len(left),
                 self.shutdown_timeout,
-                ", ".join(sorted(map(str, left))),
+                few(sorted(map(str, left))),
             )
             tasks = [task for request in left if (task := request.give_up())]
             cancellation = await outlast(*tasks, seconds=self.teardown_timeout) or cancellation
@@ -216,7 +226,8 @@ class LifespanScope(Scope):
         Outlive the requests: the server has no lifespan protocol to say when it
         ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
         """
-        self._holders += 1
+        with _lock:
+            self._holders += 1
         if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
         atexit.register(self._close_at_exit)

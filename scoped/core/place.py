@@ -117,8 +117,6 @@ class Keeper:
     def tear_down(
         self, record: Record, failure: BaseException | None
     ) -> Coroutine[Any, Any, None] | None:
-        if self.task is asyncio.current_task():  # its own code closes the scope
-            return begin_finish(record, record.scope, record.generator, failure)
         if not self.verdict.done():
             self.verdict.set_result(failure)
         assert self.task is not None
@@ -250,7 +248,7 @@ async def _wait_for(
     error: BaseException | None = None
     if not future.done():
         future.add_done_callback(scope.log_late)
-        error = teardown_timed_out(resource, scope.teardown_timeout)
+        error = teardown_timed_out(resource, scope.teardown_timeout, scope.in_use_by())
     elif future.cancelled():
         cancellation = cancellation or asyncio.CancelledError()
     else:

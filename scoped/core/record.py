@@ -14,9 +14,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from scoped.core.errors import CircularResourceError
+from scoped.core.errors import CircularResourceError, set_traceback
 from scoped.core.waits import ForkSafeLock
 
 if TYPE_CHECKING:
@@ -24,7 +25,17 @@ if TYPE_CHECKING:
     from scoped.core.resource import Resource
     from scoped.core.scope import Scope
 
-__all__ = ["ENDING", "GONE", "HELD", "STARTING", "Latch", "LoopLatch", "Record", "next_number"]
+__all__ = [
+    "ENDING",
+    "GONE",
+    "HELD",
+    "STARTING",
+    "Latch",
+    "LoopLatch",
+    "Outcome",
+    "Record",
+    "next_number",
+]
 
 STARTING, HELD, ENDING, GONE = range(4)
 
@@ -86,23 +97,27 @@ class Record:
                     self.waiters = {}
         self.waiters[waiter] = None
 
-    def settle(self, outcome: "tuple[Any] | BaseException | None") -> None:
-        """Tell those who wait, after the state has changed: the value, or what was raised."""
-        if self.waiters is None:
+    def settle(self, outcome: "Outcome | None") -> None:
+        """Tell those who wait, after the state has changed; None: it has gone."""
+        if (waiters := self.waiters) is None:
             return
-        for waiter in list(self.waiters):
+        for waiter in list(waiters):
+            try:
+                del waiters[waiter]  # whoever completes it and whoever takes it may come at once
+            except KeyError:
+                continue
             if isinstance(waiter, Latch):
                 waiter.wake(outcome)
             elif not waiter.done():
                 with suppress(RuntimeError):  # its event loop has ended, and so has who waits
                     waiter.set_result(outcome)
-        self.waiters.clear()
 
     def gone(self) -> None:
         """Nothing is kept: the Context of a stray task may hold the record for ever."""
         self.state = GONE
         self.generator = self.place = self.uses = self.needs = None
-        self.settle(None)
+        if self.waiters is not None:
+            self.settle(None)
 
     # Who asks for what
 
@@ -160,17 +175,32 @@ def _back(goal: Record, start: Record, came_from: dict[Record, Record]) -> Itera
     yield start
 
 
+class Outcome(NamedTuple):
+    """Of a set-up, for those who wait for it."""
+
+    value: Any = None
+    error: BaseException | None = None
+    # Who waits raises the error with this: else each of many would leave its frames on it.
+    traceback: TracebackType | None = None
+
+    def result(self) -> Any:
+        if self.error is None:
+            return self.value
+        set_traceback(self.error, self.traceback)
+        raise self.error
+
+
 class Latch:
     """Lets a thread wait."""
 
     __slots__ = ("__weakref__", "lock", "outcome")
 
     def __init__(self) -> None:
-        self.outcome: tuple[Any] | BaseException | None = None
+        self.outcome: Outcome | None = None
         self.lock = threading.Lock()
         self.lock.acquire()
 
-    def wake(self, outcome: "tuple[Any] | BaseException | None") -> None:
+    def wake(self, outcome: "Outcome | None") -> None:
         self.outcome = outcome
         self.lock.release()
 
@@ -184,7 +214,7 @@ class LoopLatch(Latch):
         self.outcome = None
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def wake(self, outcome: "tuple[Any] | BaseException | None") -> None:  # noqa: ARG002
+    def wake(self, outcome: "Outcome | None") -> None:  # noqa: ARG002
         with suppress(RuntimeError):  # the event loop has ended
             self.future.get_loop().call_soon_threadsafe(_set_done, self.future)
 

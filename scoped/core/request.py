@@ -62,7 +62,7 @@ class RequestScope(Scope):
         ):
             return
         problems: list[BaseException] = []
-        if (cancellation := await self._stop(Lifetime.RESPONSE)) is not None:
+        if self._is_busy() and (cancellation := await self._stop(Lifetime.RESPONSE)):
             problems.append(cancellation)
         await end_all(self, Lifetime.RESPONSE, self.failure, problems)
         if problems:
@@ -75,7 +75,8 @@ class RequestScope(Scope):
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
         self._open(running_loop(), current_task())
-        self.sync_only = sync_only
+        if sync_only:
+            self.sync_only, self.owner = True, None  # not even a task at hand runs async factories
         if loop is not None:  # that of the sync code which opens it, and owns it no further
             self.loop, self.owner, self.thread = loop, None, 0
         self._find_lifespan()
@@ -144,7 +145,11 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            await self.close(exc)
+            if self.begin_to_close():
+                if self.records or self.ending or self.lifespan:
+                    await self._close(exc)
+                else:  # what nothing has used is closed without a coroutine
+                    self._let_go(exc if self.failure is None else self.failure)
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise

@@ -31,7 +31,7 @@ from scoped.core import observer
 from scoped.core.abandoned import dismiss
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, LifetimeError, ScopeClosedError, TeardownError
-from scoped.core.record import ENDING, GONE, HELD, Record, next_number
+from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
 from scoped.core.resource import Lifetime
 from scoped.core.teardown import (
     end_all,
@@ -190,7 +190,7 @@ class Scope:
         ):
             return False
         if record.waiters is not None:
-            record.settle((value,))
+            record.settle(Outcome(value))
         return True
 
     def fail(self, record: Record, error: BaseException) -> None:
@@ -198,7 +198,7 @@ class Scope:
         if self.records.get(record.resource) is record:
             del self.records[record.resource]
         record.state = GONE
-        record.settle(error)
+        record.settle(Outcome(None, error, error.__traceback__))
         record.gone()
 
     def take(self, record: Record) -> bool:
@@ -318,19 +318,28 @@ class Scope:
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
+        if self.begin_to_close():
+            await self._close(failure)
+
+    def begin_to_close(self) -> bool:
+        """
+        Whether it is for the caller to close it. From now on nothing new is kept; so what is
+        found after this, and not before it, is all.
+        """
         if self._state != "open":
-            return
+            return False
         self._state = "closing"
+        return True
+
+    async def _close(self, failure: BaseException | None) -> None:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if (cancellation := await self._stop(Lifetime.LIFESPAN)) is not None:
+            if self._is_busy() and (cancellation := await self._stop(Lifetime.LIFESPAN)):
                 problems.append(cancellation)
-            if self.records:
-                await end_all(self, Lifetime.RESPONSE, failure, problems)
-                await end_all(self, Lifetime.LIFESPAN, failure, problems)
+            await end_all(self, Lifetime.LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
@@ -343,15 +352,22 @@ class Scope:
         if problems:
             raise_all(self, problems)
 
+    def _is_busy(self) -> bool:
+        """Whether anything is being set up or torn down, which the end has to wait for."""
+        if self.ending:
+            return True
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.state != HELD:
+                return True
+        return False
+
     async def _stop(self, lifetime: Lifetime) -> BaseException | None:
         """Let set-ups, and what is being released, come to their end."""
         if self.sync_only or running_loop() is None:
             stop_set_ups_sync(self, lifetime)
             wait_for_others_sync(self, self.teardown_timeout)
             return None
-        cancellation: BaseException | None = None
-        if any(record.state != HELD for record in list(self.records.values())):
-            cancellation = await stop_set_ups(self, lifetime)
+        cancellation: BaseException | None = await stop_set_ups(self, lifetime)
         while self.ending:
             try:
                 await wait_for_others(self)
@@ -383,6 +399,10 @@ class Scope:
                 source=self,
                 stacklevel=2,
             )
+
+    def in_use_by(self) -> str:
+        """Who is known to use what it holds, though it closes; else the empty string."""
+        return ""
 
     async def _closed(self) -> None:
         """What is left to do when nothing is held any more."""

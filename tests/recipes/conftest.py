@@ -11,6 +11,7 @@ from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
 from tests.pages import importer
 from tests.recipes import pages
+from tests.slowness import within
 
 
 @pytest.fixture
@@ -91,11 +92,11 @@ async def backends(postgres_url):
     async def count(condition="true"):
         others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
         return await connection.fetchval(
-            f"SELECT count(*) FROM pg_stat_activity WHERE {others} AND {condition}"  # noqa: S608
+            f"SELECT count(*) FROM pg_stat_activity WHERE {others} AND {condition}"  # noqa: S608 (ours)
         )
 
     async def reach(number, condition="true"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(within(20)):
             while await count(condition) != number:
                 await asyncio.sleep(0.01)
 
