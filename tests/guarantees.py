@@ -151,6 +151,10 @@ PROMISES = {
         "middleware cancels and answers for has failed, and so has a request whose middleware "
         "raises, whatever page Django makes of that. What middleware returns is success.",
     ),
+    20: (
+        "One cancellation, then patience",
+        "What is ending already is not cancelled again before `TEARDOWN_TIMEOUT` is over.",
+    ),
     21: (
         "Every wait has a bound",
         "Nothing between the last byte and the end of the request waits for ever: a stream's "
@@ -168,6 +172,11 @@ PROMISES = {
         "Nothing is done to another's object that may fail",
         "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
         "stays what is raised. And nothing piles up on one that is raised again and again.",
+    ),
+    24: (
+        "Nobody takes over what another holds",
+        "Joining a lifespan, releasing, closing, whatever tasks and threads do meanwhile: there is "
+        "one taker for each value, and a set-up that succeeds is handed to those who wait for it.",
     ),
     25: (
         "What a client sends stays what it is",
