@@ -179,6 +179,11 @@ PROMISES = {
         "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
         "stays what is raised. And nothing piles up on one that is raised again and again.",
     ),
+    24: (
+        "Nobody takes over what another holds",
+        "Joining a lifespan, releasing, closing, whatever tasks and threads do meanwhile: there is "
+        "one taker for each value, and a set-up that succeeds is handed to those who wait for it.",
+    ),
     25: (
         "What a client sends stays what it is",
         "Path, method and names reach a log line, a message or a page escaped and cut.",
