@@ -33,7 +33,7 @@ def _django(name: str, receiver: str | None) -> Any:
         INSTALLED_APPS=["scoped"] if name == "scoped" else [],
         MIDDLEWARE=[],
         ROOT_URLCONF="benchmarks.urls",
-        SECRET_KEY="benchmarks",  # noqa: S106
+        SECRET_KEY="benchmarks",  # noqa: S106 (signs nothing)
         USE_TZ=True,
     )
     if name == "scoped":

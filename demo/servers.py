@@ -156,7 +156,7 @@ class _Watcher:
     def __init__(self) -> None:
         self.account = _account()
         # Another account may have no way into TMPDIR.
-        within = "/tmp" if self.account else None  # noqa: S108
+        within = "/tmp" if self.account else None  # noqa: S108 (closed below)
         self.folder = Path(tempfile.mkdtemp(prefix=f"scoped-{self.name.lower()}-", dir=within))
         self.log = (self.folder / "log").open("ab+")
         self.give(self.folder)

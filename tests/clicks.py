@@ -40,7 +40,8 @@ def main() -> None:
         ) as demo,
         Page(demo) as page,
     ):
-        problems = run(demo, page, options.clicks, random.Random(options.seed))  # noqa: S311
+        chance = random.Random(options.seed)  # noqa: S311 (to be repeated)
+        problems = run(demo, page, options.clicks, chance)
     sys.exit("\n".join(problems) or None)
 
 

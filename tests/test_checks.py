@@ -649,7 +649,7 @@ to the left of everything
 
     def test_factories_that_show_no_source_get_no_warning(self):
         names = {"request_scoped": request_scoped}
-        exec("@request_scoped\ndef unseen():\n    yield 1\n    print()\n", names)  # noqa: S102
+        exec("@request_scoped\ndef unseen():\n    yield 1\n    print()\n", names)  # noqa: S102 (source is not found)
         kept = [names["unseen"], request_scoped(lambda: (yield)), request_scoped(globals)]
         assert found() == []
         assert len(Resource.declared) == len(kept)
@@ -701,7 +701,7 @@ class TestDocs:
 
     def test_the_mistake_in_a_setting_is_answered_as_it_says(self, monkeypatch):
         [setting] = re.findall(r"^SCOPED = (\{.*\})  # (.*)$", sections()["scoped.E002"], re.M)
-        monkeypatch.setattr(settings, "SCOPED", eval(setting[0]), raising=False)  # noqa: S307
+        monkeypatch.setattr(settings, "SCOPED", eval(setting[0]), raising=False)  # noqa: S307 (the page's)
         assert setting[1] in found()[0].hint
 
 

@@ -93,7 +93,7 @@ def test_a_place_outside_the_current_directory_is_named_in_full(capsys, monkeypa
 def test_they_are_sorted_by_module_and_line(capsys):
     def declare(module, line, name):
         names = {"__name__": module}
-        exec("\n" * line + f"def {name}(): pass", names)  # noqa: S102
+        exec("\n" * line + f"def {name}(): pass", names)  # noqa: S102 (to have a line of it)
         return request_scoped(names[name])
 
     kept = [declare("b", 1, "z"), declare("a", 20, "x"), declare("b", 0, "y"), declare("a", 3, "z")]

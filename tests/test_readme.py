@@ -70,7 +70,7 @@ def test_the_scope_outside_a_request(project, postgres_url, monkeypatch):
 async def test_plain_contextvars_with_the_ticket_s_pattern():
     [text] = [text for text in OTHERS if "ContextVar" in text]
     names: dict[str, object] = {}
-    exec(compile(text, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(text, "README.md", "exec"), names)  # noqa: S102 (its own code)
     closed = []
 
     class Connection:

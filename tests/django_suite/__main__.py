@@ -209,7 +209,7 @@ def run_asend_tests(source: Path) -> unittest.TestResult:
         "dispatch": SimpleNamespace(Signal=OurSignal),
         "markcoroutinefunction": markcoroutinefunction,
     }
-    exec(compile(module, str(path), "exec"), namespace)  # noqa: S102 - as an import would
+    exec(compile(module, str(path), "exec"), namespace)  # noqa: S102 (as an import would)
     case = namespace[name]
     tests = [case(test) for test in dir(case) if test.startswith("test_asend_")]
     return unittest.TextTestRunner().run(unittest.TestSuite(tests))

@@ -91,7 +91,7 @@ async def backends(postgres_url):
     async def count(condition="true"):
         others = "backend_type = 'client backend' AND pid <> pg_backend_pid()"
         return await connection.fetchval(
-            f"SELECT count(*) FROM pg_stat_activity WHERE {others} AND {condition}"  # noqa: S608
+            f"SELECT count(*) FROM pg_stat_activity WHERE {others} AND {condition}"  # noqa: S608 (ours)
         )
 
     async def reach(number, condition="true"):

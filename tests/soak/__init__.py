@@ -18,4 +18,4 @@ from random import Random
 
 def dice(*words: object) -> Random:
     """Chances that are the same for the same words."""
-    return Random(" ".join(map(str, words)))  # noqa: S311
+    return Random(" ".join(map(str, words)))  # noqa: S311 (to be repeated)
