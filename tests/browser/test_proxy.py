@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from demo.servers import _free_port
+from demo.servers.watcher import free_port
 from tests.browser.conftest import tabs
 from tests.browser.names import NameServer
 from tests.processes import ROOT, Demo, Visitor, eventually
@@ -35,7 +35,7 @@ class Site:
     def __init__(self, folder: Path, names: NameServer, environment: dict[str, str]) -> None:
         self.names = names
         self.environment = environment
-        self.port, self.web_port = _free_port(), _free_port()
+        self.port, self.web_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.configuration = folder / "nginx.conf"
         text = (ROOT / "demo" / "nginx.conf").read_text()
