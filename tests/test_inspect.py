@@ -177,6 +177,48 @@ def test_the_first_call_misses_none_that_opens_meanwhile(monkeypatch: pytest.Mon
         assert found == 8
 
 
+@pytest.mark.usefixtures("never_called")
+def test_a_scope_that_another_thread_is_just_making_is_no_error() -> None:
+    unfinished = RequestScope.__new__(RequestScope)  # its __init__ is yet to run
+    opening = named("opening")
+    opening._state = "open"  # and when it was opened, is yet to be written down
+    assert "opening" not in names()
+    del unfinished
+    opening._state = "new"
+    with opening:
+        assert "opening" in names()
+
+
+@pytest.mark.usefixtures("never_called")
+def test_a_scope_is_found_whose_thread_looked_before_scopes_were_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scope = named("about to open")
+    assert "about to open" not in names()
+    with monkeypatch.context() as patch:
+        patch.setattr(noted, "note", lambda scope: None)  # as if it had seen no set
+        scope.__enter__()
+    assert "about to open" in names()
+    scope.__exit__(None, None, None)
+
+
+@pytest.mark.usefixtures("never_called")
+def test_a_scope_is_found_that_opens_after_all_objects_were_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = []
+    look = gc.get_objects
+
+    def get_objects() -> list[object]:
+        everything = look()
+        late.append(named("late").__enter__())
+        return everything
+
+    monkeypatch.setattr(gc, "get_objects", get_objects)
+    assert "late" in names()
+    late[0].__exit__(None, None, None)
+
+
 async def test_what_closes_in_another_thread_while_it_is_looked_at_does_no_harm() -> None:
     @request_scoped
     def thing() -> Iterator[int]:
