@@ -13,7 +13,7 @@ from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
 from scoped.core.resource import Resource
 
-__all__ = ["override"]
+__all__ = ["overridden", "override"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,6 +88,12 @@ class override:  # noqa: N801 (it is used as a function)
                 return function(*args, **kwargs)
 
         return cast(F, call)
+
+
+def overridden() -> list[Resource[Any]]:
+    """The resources that something stands in for right now."""
+    with _lock:
+        return [access.resource for access in _in_force]
 
 
 def _recipe(resource: Resource[Any], stand_in: object) -> Resource[Any]:
