@@ -1,5 +1,6 @@
 """docs/security.md. `WRITE_PAGES=1` has the tables written as they are measured."""
 
+import ast
 import os
 import re
 
@@ -184,3 +185,51 @@ async def test_handler500_gives_it_what_it_is_to_have(project, serve):
     headers = dict(failed.sent[0]["headers"])
     assert headers[b"X-Frame-Options"] == b"DENY"
     assert headers[b"Content-Security-Policy"] == b"default-src 'none'"
+
+
+WRITES = re.compile(
+    r"INSERT |UPDATE |DELETE |\.(a?save|a?create|add|incr|aenqueue|enqueue|delay)\(|\bspawn\("
+)
+# Whoever reads a page has not asked to be counted, nor is answerable for it (RFC 9110, 9.2.1).
+COUNTS_VISITS = ("README.md", "index")
+
+
+def views():
+    """Of all pages: where, its source, and whether a GET reaches it."""
+    for page in [*pages.DOCS.rglob("*.md"), pages.DOCS.parent / "README.md"]:
+        for language, block in pages.BLOCK.findall(page.read_text()):
+            for node in ast.walk(ast.parse(block if language == "python" else "")):
+                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                arguments = [argument.arg for argument in node.args.args]
+                decorators = " ".join(ast.unparse(one) for one in node.decorator_list)
+                if arguments[:2] == ["self", "request"]:
+                    gets = node.name not in ("post", "put", "patch", "delete")
+                else:
+                    gets = not re.search(r"require_POST|\.post\(|'POST'", decorators)
+                if "request" in arguments[:2]:
+                    yield (page.name, node.name), ast.get_source_segment(block, node), gets
+
+
+def test_no_example_writes_on_get():
+    """A GET has no CSRF protection, and is sent by whatever follows a link."""
+    writing = {where: gets for where, source, gets in views() if WRITES.search(source)}
+    assert writing.pop(COUNTS_VISITS)
+    assert len(writing) > 8
+    assert [where for where, gets in writing.items() if gets] == []
+
+
+async def test_what_the_examples_write_on_is_protected_from_other_sites(
+    project, serve, notes, monkeypatch
+):
+    views = project(("recipes/postgresql.md", "asyncpg")).views
+    middleware = ["django.middleware.csrf.CsrfViewMiddleware"]
+    async with serve(path("save", views.save), MIDDLEWARE=middleware) as site:
+        assert (await site.get("/save?text=never")).status == 405
+        assert (await site.post("/save", text="never")).status == 403
+        token = "a" * 32
+        connection = site.open("/save", form={"text": "mine", "csrfmiddlewaretoken": token})
+        connection.scope["headers"].append((b"cookie", f"csrftoken={token}".encode()))
+        await connection.run()
+        assert connection.status == 200
+    assert await notes() == ["mine"]
