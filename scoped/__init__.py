@@ -19,7 +19,8 @@ from scoped.core.errors import (
 )
 from scoped.core.inspect import OpenScope, inspect
 from scoped.core.lifespan import lifespan_scope
-from scoped.core.request import current_scope, request_scope
+from scoped.core.lookup import current_scope
+from scoped.core.request import request_scope
 from scoped.serving.background import spawn
 
 __all__ = [

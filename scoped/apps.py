@@ -4,7 +4,8 @@ import logging
 
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
-from django.utils.module_loading import autodiscover_modules
+
+from scoped.discovery import import_resources
 
 __all__ = ["ScopedConfig"]
 
@@ -26,4 +27,4 @@ class ScopedConfig(AppConfig):
         checks.register()
         receivers.connect()
         # So that what is declared eager is known when the server starts.
-        autodiscover_modules("resources")
+        import_resources()

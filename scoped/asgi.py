@@ -14,7 +14,10 @@ from django.core.handlers.asgi import ASGIHandler
 from django.dispatch import Signal
 
 from scoped import conf
+from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
+from scoped.core.names import printable_repr
+from scoped.discovery import import_urls
 from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
@@ -82,6 +85,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
     """
     phase = "startup"
     await receive()
+    import_urls()  # what the views declare with eager=True is known then
     try:
         async with lifespan_scope():
             await send({"type": "lifespan.startup.complete"})
@@ -89,8 +93,10 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             await receive()
         end_idle()
     except Exception as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)
-        await send({"type": f"lifespan.{phase}.failed", "message": f"{error!r}{notes}"})
+        await send(
+            {"type": f"lifespan.{phase}.failed", "message": f"{printable_repr(error)}{notes}"}
+        )
     else:
         await send({"type": "lifespan.shutdown.complete"})

@@ -11,7 +11,7 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.http.response import HttpResponseBase
 
 from scoped import conf
-from scoped.core.scope import scope_here
+from scoped.core.current import scope_here
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 

@@ -8,6 +8,7 @@ from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
 
 from demo.servers import postgres, redis
+from tests.slowness import FACTOR, within
 
 # A shell that runs the tests in the background has them, and so the servers they start, ignore
 # Ctrl-C, which some of those are to be ended with.
@@ -32,19 +33,48 @@ def redis_url() -> Iterator[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "only_if(condition, *, reason): deselected where it cannot be, so not skipped"
+    for marker in (
+        "only_if(condition, *, reason): deselected where it cannot be, so not skipped",
+        "fast: starts no server and no process; not to be set, it is found out",
+    ):
+        config.addinivalue_line("markers", marker)
+
+
+# A test whose module has one of these may start a process.
+PROCESSES = {"subprocess", "uvicorn", "Demo", "Project", "start_redis", "CHECKERS"}
+RUN_APART = ("servers", "faults", "demo", "browser")
+
+
+def is_fast(item: pytest.Item) -> bool:
+    names = vars(getattr(item, "module", None)).keys()
+    fixtures = getattr(item, "fixturenames", [])
+    return not (
+        PROCESSES & names
+        or {"postgres_url", "redis_url"} & set(fixtures)
+        or any(item.get_closest_marker(name) for name in RUN_APART)
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What can be run here must run: a skip means that something is missing, a failure in CI."""
+    """
+    What can be run here must run: a skip means that something is missing, a failure in CI.
+    What is fast is found out, and every test's timeout is longer where the machine is slower.
+    """
     impossible = [
         item for item in items if any(not mark.args[0] for mark in item.iter_markers("only_if"))
     ]
     if impossible:
         config.hook.pytest_deselected(items=impossible)
         items[:] = [item for item in items if item not in impossible]
+    for item in items:
+        if is_fast(item):
+            item.add_marker(pytest.mark.fast)
+    if FACTOR > 1:
+        default = config.getoption("timeout") or config.getini("timeout")
+        for item in items:
+            own = item.get_closest_marker("timeout")
+            seconds = float(own.args[0] if own else default)
+            item.add_marker(pytest.mark.timeout(within(seconds)), append=False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 from scoped.core.lifespan import eager
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```([\w{}-]+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^##? (.+)$", re.MULTILINE)  # no comment of Python's begins a block so
 LINK = re.compile(r"\]\((?!https:)([^)#]*)#?([^)]*)\)")
 

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import httpx
 
+from tests.slowness import within
+
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-X", "dev", "-W", "error", "-m", "demo")
 WITHOUT_DEV_MODE = (sys.executable, "-W", "error", "-m", "demo")  # for load: twice as fast
@@ -21,9 +23,9 @@ WITHOUT_DEV_MODE = (sys.executable, "-W", "error", "-m", "demo")  # for load: tw
 
 def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
     """Wait until the condition holds; what it then is."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + within(seconds)
     while not (outcome := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        assert time.monotonic() < deadline, f"not within {within(seconds)} seconds"
         time.sleep(0.02)
     return outcome
 
@@ -73,7 +75,7 @@ class Demo:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(within(10))
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -107,7 +109,7 @@ class Visitor(httpx.Client):
     """A browser without JavaScript."""
 
     def __init__(self, demo: Demo | str) -> None:
-        super().__init__(base_url=demo if isinstance(demo, str) else demo.url, timeout=10)
+        super().__init__(base_url=demo if isinstance(demo, str) else demo.url, timeout=within(10))
 
     def page(self) -> str:
         response = self.get("/")

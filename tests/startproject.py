@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.slowness import within
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +38,6 @@ class Project:
             text=True,
             cwd=self.folder,
             env={**os.environ, "DJANGO_SETTINGS_MODULE": "shop.settings", "PYTHONPATH": str(ROOT)},
-            timeout=30,
+            timeout=within(30),
             check=False,
         )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from scoped.core.record import STARTING
 from scoped.core.scope import Scope
 
 __all__ = ["under_way", "what_is_kept"]
@@ -9,9 +10,8 @@ __all__ = ["under_way", "what_is_kept"]
 
 def what_is_kept(scope: Scope) -> list[Any]:
     """Its values, what there is to tear down, and its set-ups under way."""
-    tables: list[Any] = [scope.values, scope.generators, scope.others]
-    return [table for table in tables if table] + under_way(scope)
+    return [*scope.records.values(), *(scope.ending or ())]
 
 
 def under_way(scope: Scope) -> list[Any]:
-    return [set_up.resource for set_up in scope.set_ups()]
+    return [record.resource for record in scope.records.values() if record.state == STARTING]

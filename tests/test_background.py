@@ -14,7 +14,6 @@ from django.test import override_settings
 
 from scoped import (
     current_scope,
-    inspect,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -23,6 +22,7 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler
 from scoped.core.scope import Scope
+from scoped.testing import assert_no_leaks
 from tests.connection import Connection
 from tests.views import Views
 
@@ -166,14 +166,14 @@ async def test_cancelled_before_its_first_step_it_leaves_nothing() -> None:
     async def work() -> None:
         log.append("never")
 
-    async with lifespan_scope():
-        task = spawn(work())
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    gc.collect()
+    with assert_no_leaks():
+        async with lifespan_scope():
+            task = spawn(work())
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        gc.collect()
     assert log == []
-    assert inspect() == []
 
 
 async def test_its_sync_code_has_a_thread_of_its_own() -> None:

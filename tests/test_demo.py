@@ -26,6 +26,7 @@ from tests.processes import (
     eventually,
     is_alive,
 )
+from tests.slowness import within
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ class TestTheEventStream:
 
     def test_nor_is_one_whose_connection_broke(self, demo: Demo, subscribers: Subscribers) -> None:
         url = httpx.URL(demo.url)
-        with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        with socket.create_connection((url.host, url.port), timeout=within(10)) as connection:
             connection.sendall(f"GET /events HTTP/1.1\r\nHost: {url.host}\r\n\r\n".encode())
             received = b""
             while b": subscribed" not in received:
@@ -253,7 +254,7 @@ class TestTheEventStream:
         open_pages = []
         try:
             for _ in range(30):  # three times as many as the pool has connections
-                page = socket.create_connection((url.host, url.port), timeout=10)
+                page = socket.create_connection((url.host, url.port), timeout=within(10))
                 open_pages.append(page)
                 page.sendall(request)
             eventually(lambda: subscribers.number() == 30)
@@ -276,14 +277,14 @@ class TestUnderLoad:
             eventually(lambda: subscribers.number() == 0)
             # The pool's own view: it does not close before every connection is back.
             demo.process.terminate()
-            assert demo.process.wait(5) in (0, 130)
+            assert demo.process.wait(within(5)) in (0, 130)
             assert "ERROR" not in demo.output
         assert idle_connections(postgres_url) == before
 
 
 async def two_hundred_requests(demo: Demo) -> None:
     twenty_at_once = asyncio.Semaphore(20)
-    async with httpx.AsyncClient(base_url=demo.url, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=demo.url, timeout=within(20)) as client:
         token = re.search(r'csrfmiddlewaretoken" value="(\w+)"', (await client.get("/")).text)
         assert token
 
@@ -332,8 +333,8 @@ class TestItsProcess:
             assert len(servers) > len(folders)
             started = time.monotonic()
             demo.press_ctrl_c()
-            assert demo.process.wait(10) in (0, 130)
-            assert time.monotonic() - started < 2
+            assert demo.process.wait(within(10)) in (0, 130)
+            assert time.monotonic() - started < within(2)
             assert "Traceback" not in demo.output
             assert not any(folder.exists() for folder in folders)
             eventually(lambda: not any(map(is_alive, servers)))
@@ -352,8 +353,8 @@ class TestItsProcess:
             for number in signals:
                 demo.process.send_signal(number)
                 time.sleep(0.3)  # pressed, and pressed again; whichever state that meets
-            assert demo.process.wait(10) in (0, 130)
-            assert time.monotonic() - started < 2
+            assert demo.process.wait(within(10)) in (0, 130)
+            assert time.monotonic() - started < within(2)
             assert "Traceback" not in demo.output
 
     def test_killed_it_leaves_no_server_and_no_data(self) -> None:
@@ -404,7 +405,7 @@ class TestItsProcess:
             port = str(taken.getsockname()[1])
             asked = Demo(ask, port) if ask.startswith("-") else Demo(**{ask: port})
             with asked as demo:
-                assert demo.process.wait(10) == 1
+                assert demo.process.wait(within(10)) == 1
                 assert f"Cannot listen on port {port}" in demo.output
                 assert "Traceback" not in demo.output
 

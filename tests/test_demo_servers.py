@@ -398,15 +398,16 @@ with server.thief as thief:
 
 def test_where_somebody_else_takes_the_port_first_another_is_tried() -> None:
     with start_redis() as server:
+        # While this one runs: its program may be a copy in its folder, which goes with it.
         program = ps("-ww", "-o", "args=", "-p", str(server.pid)).rsplit(maxsplit=1)[0]
-    watcher = subprocess.run(
-        [sys.executable, "-c", THIEF, program],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        watcher = subprocess.run(
+            [sys.executable, "-c", THIEF, program],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert '"url"' in watcher.stdout
     assert watcher.returncode == 0, watcher.stderr
 

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import inspect
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from scoped import (
     ScopeClosedError,
     ScopedError,
     TeardownError,
+    lifespan_scope,
     lifespan_scoped,
     request_scope,
     request_scoped,
 )
 from scoped.core import errors as exceptions
+from scoped.core.scope import Scope
 
 
 @request_scoped
@@ -36,7 +39,7 @@ def test_every_error_is_public_and_in_the_tree_and_fits_a_builtin() -> None:
         for name, thing in vars(exceptions).items()
         if inspect.isclass(thing) and issubclass(thing, ScopedError)
     }
-    assert sorted(errors) == sorted(exceptions.__all__)
+    assert set(errors) == {name for name in exceptions.__all__ if name.endswith("Error")}
     assert set(errors) <= set(scoped.__all__)
     assert exceptions.__doc__ is not None
     for name, error in errors.items():
@@ -74,12 +77,43 @@ async def test_no_scope_error() -> None:
     assert error.resource is db.resource
     assert str(error) == (
         f"{db.resource} was used where no request scope is open. In a request: serve the project "
-        "with scoped.asgi.get_asgi_application(). Anywhere else (a command, a task, a test): open "
-        "one with `async with request_scope():`."
+        "with scoped.asgi.get_asgi_application(). If it is, this was started by what does not know "
+        "of the request, as asyncio.run_coroutine_threadsafe() in a thread of your own: start it "
+        "in the request's own tasks. Anywhere else (a command, a task, a test): open one with "
+        "`async with request_scope():`."
     )
     with pytest.raises(NoScopeError, match=r"^current_scope\(\) was called where no") as caught_too:
         scoped.current_scope()
     assert caught_too.value.resource is None
+
+
+async def test_no_scope_error_in_a_thread_of_ones_own() -> None:
+    @request_scoped
+    def tenant() -> str:
+        return "tenant"
+
+    async with request_scope():
+        assert tenant() == "tenant"
+        nowhere = contextvars.Context()  # Python 3.14 may let threads inherit the starter's
+        with ThreadPoolExecutor(1, "mine\n") as executor:
+            with pytest.raises(NoScopeError, match="no request scope is open") as caught:
+                nowhere.run(executor.submit, tenant).result()
+            assert executor.submit(contextvars.copy_context().run, tenant).result() == "tenant"
+        assert r"This is the thread 'mine\n_0', and one that you start" in str(caught.value)
+        assert "use asyncio.to_thread() or sync_to_async()" in str(caught.value)
+        assert await asyncio.to_thread(tenant) == "tenant"
+
+
+async def test_no_scope_error_of_a_lifespan_resource() -> None:
+    @lifespan_scoped
+    async def pool() -> str:
+        return "pool"
+
+    with pytest.raises(NoScopeError, match="where no lifespan scope is open") as caught:
+        await pool()
+    assert "open it with `async with lifespan_scope():`" in str(caught.value)
+    async with lifespan_scope():
+        assert await pool() == "pool"
 
 
 async def test_scope_closed_error() -> None:
@@ -93,7 +127,49 @@ async def test_scope_closed_error() -> None:
     assert error.scope == "the request scope"
     assert error.scope is not scope
     assert str(db.resource) in str(error)
-    assert "open a scope of its own with `async with request_scope():`" in str(error)
+    assert "start it with `spawn()`, which gives it a scope of its own" in str(error)
+
+
+async def test_scope_closed_error_in_a_teardown() -> None:
+    caught: list[ScopeClosedError] = []
+
+    @request_scoped
+    async def late() -> AsyncIterator[None]:
+        yield
+        try:
+            await db()
+        except ScopeClosedError as error:
+            caught.append(error)
+
+    async with request_scope():
+        await late()
+    [error] = caught
+    assert str(error).endswith("set up nothing more: ask for it before the `yield`.")
+    async with request_scope():
+        await db()
+        await late()
+    assert len(caught) == 1  # what is set up is there
+
+
+async def test_scope_closed_error_of_a_lifespan() -> None:
+    caught: list[ScopeClosedError] = []
+
+    @lifespan_scoped
+    async def cache() -> str:
+        return "cache"
+
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[None]:
+        yield
+        try:
+            await cache()
+        except ScopeClosedError as error:
+            caught.append(error)
+
+    async with lifespan_scope():
+        await pool()
+    [error] = caught
+    assert "set up nothing more" in str(error)
 
 
 async def test_circular_resource_error() -> None:
@@ -123,6 +199,44 @@ async def test_lifetime_error() -> None:
     assert (error.resource, error.needed) == (pool.resource, db.resource)
     message = f"{pool.resource}, whose lifetime is the lifespan's, asked for {db.resource}"
     assert message in str(error)
+
+
+async def test_lifetime_error_in_a_task_that_a_factory_has_left_running() -> None:
+    @lifespan_scoped
+    async def consumer() -> AsyncIterator["asyncio.Task[str]"]:
+        async def consume() -> str:
+            await is_set_up.wait()
+            async with request_scope():
+                value = await db()
+            await db()
+            return value
+
+        is_set_up = asyncio.Event()
+        task = asyncio.create_task(consume())
+        asyncio.get_running_loop().call_soon(is_set_up.set)
+        yield task
+
+    async with lifespan_scope():
+        task = await consumer()
+        with pytest.raises(LifetimeError) as caught:
+            await task
+    error = caught.value
+    assert (error.resource, error.needed) == (consumer.resource, db.resource)
+    assert str(error).startswith(f"A task that the factory of {consumer.resource} has left running")
+    assert "with `async with request_scope():`" in str(error)
+
+
+async def test_a_circle_of_many_keys_has_a_message_of_few() -> None:
+    @request_scoped(keyed=True)
+    async def step(number: int) -> object:
+        return await step((number + 1) % 100)
+
+    async with request_scope():
+        with pytest.raises(CircularResourceError) as caught:
+            await step(0)
+    assert len(caught.value.circle) == 101
+    assert str(caught.value).count("step") == 12
+    assert " -> ... 89 more ... -> " in str(caught.value)
 
 
 def test_async_resource_error() -> None:
@@ -173,3 +287,33 @@ async def test_teardown_error_can_be_split_like_any_group() -> None:
         assert error.scope == "the request scope"
         assert error.exceptions[0].__notes__ == [f"while {resource.resource} was torn down"]
         assert "1 resource(s) of the request scope failed" in str(error)
+
+
+async def test_a_teardown_that_takes_too_long_at_shutdown_says_what_a_pool_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Scope, "teardown_timeout", 0.01)
+
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[None]:
+        yield
+        await asyncio.Event().wait()
+
+    @request_scoped
+    async def slow() -> AsyncIterator[None]:
+        yield
+        await asyncio.Event().wait()
+
+    with pytest.raises(TeardownError) as caught:
+        async with lifespan_scope():
+            await pool()
+    [error] = caught.value.exceptions
+    assert isinstance(error, TimeoutError)
+    assert f"{pool.resource} took longer than 0.01 seconds to be torn down. A pool waits" in str(
+        error
+    )
+    assert "by a task that outlives its request" in str(error)
+    with pytest.raises(TeardownError) as caught:
+        async with request_scope():
+            await slow()
+    assert "Make it faster" in str(caught.value.exceptions[0])

@@ -22,10 +22,11 @@ from scoped import lifespan_scope, lifespan_scoped, request_scope, request_scope
 from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
 from tests.lockstep import observe, tick
+from tests.slowness import within
 from tests.tables import what_is_kept
 
 # Seconds after which one run, of some milliseconds, is taken to hang.
-DEADLINE = 10
+DEADLINE = within(10)
 
 log: list[str] = []
 

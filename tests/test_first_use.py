@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import sys
 import threading
+import time
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from scoped import (
     request_scope,
     request_scoped,
 )
-from scoped.core import scope as scopes
+from scoped.core import first_use
 from tests.tables import under_way, what_is_kept
 
 
@@ -236,7 +237,7 @@ class TestOne:
 
         found: list[object] = []
         with request_scope() as scope:
-            scope.latched = Overtaken()
+            scope.records = Overtaken()
             assert tenant() is found[1]
             assert under_way(scope) == []
         assert log == ["set up"]
@@ -558,21 +559,10 @@ class TestWaitersAreInnocent:
             context = contextvars.copy_context
             first = threads.submit(context().run, tenant)
             assert begun.wait(5)
-            (set_up,) = scope.set_ups()
-            assert set_up.latch is not None
-            lock = set_up.latch.lock
-            waiting = threading.Event()
-
-            class NoticedLock:
-                def acquire(self, timeout: float) -> bool:
-                    waiting.set()
-                    return lock.acquire(timeout=timeout)
-
-                release = staticmethod(lock.release)
-
-            set_up.latch.lock = NoticedLock()  # type: ignore[assignment]
             second = threads.submit(context().run, tenant)
-            assert waiting.wait(5)
+            (record,) = scope.records.values()
+            while not record.waiters:
+                time.sleep(0.001)
             go_on.set()
             for task in (first, second):
                 with pytest.raises(ValueError, match="no tenant"):
@@ -813,14 +803,19 @@ class TestCirclesAreErrors:
             with pytest.raises(CircularResourceError):
                 await sync_to_async(two)()
 
-    async def test_a_sync_factory_that_the_loop_calls_again_in_its_own_thread(self) -> None:
+    async def test_a_sync_factory_that_waits_for_itself_without_a_trace_is_told_in_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Not at once: it may be another greenlet of the same thread.
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.05)
+
         @request_scoped
         def odd() -> object:
             return contextvars.Context().run(current.run, odd)  # no trace of who asks
 
         async with request_scope():
             current = contextvars.copy_context()
-            with pytest.raises(CircularResourceError):
+            with pytest.raises(AsyncResourceError, match="in this very thread"):
                 odd()
 
     async def test_the_diamond_is_no_circle(self) -> None:
@@ -1058,7 +1053,7 @@ class TestSync:
     async def test_sync_code_in_the_loop_waits_for_a_thread_with_patience_that_ends(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scopes, "_LOOP_PATIENCE", 0.05)
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.05)
         begun = threading.Event()
 
         @request_scoped
@@ -1079,7 +1074,7 @@ class TestSync:
             assert tenant() == "tenant of db"
 
     async def test_the_patience_names_the_resource(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(scopes, "_LOOP_PATIENCE", 0.01)
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.01)
         begun, go_on = threading.Event(), threading.Event()
 
         @request_scoped
@@ -1260,3 +1255,20 @@ async def test_cancelled_by_anyio_at_every_await_it_leaves_nothing_behind() -> N
     assert cancel_scope.cancelled_caught
     await settle()
     assert pool.free.qsize() == pool.size
+
+
+async def test_a_plain_with_block_holds_sync_resources_only_in_async_code_too() -> None:
+    @request_scoped
+    async def db() -> AsyncIterator[str]:
+        yield "db"
+
+    @request_scoped
+    def tenant() -> Iterator[str]:
+        yield "tenant"
+
+    with request_scope():
+        assert tenant() == "tenant"
+        with pytest.raises(AsyncResourceError, match="async with"):
+            await db()
+        tenant.release()
+        assert tenant() == "tenant"

@@ -27,7 +27,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
-from scoped.core.scope import scope_here
+from scoped.core.current import scope_here
 from scoped.serving.receivers import close_scope, open_scope
 from tests.connection import Connection
 from tests.views import Views
@@ -643,7 +643,7 @@ async def test_mounted_in_another_application_that_keeps_lifespan_to_itself():
 
 
 def _keepers():
-    return {task for task in asyncio.all_tasks() if "_keep" in repr(task.get_coro())}
+    return {task for task in asyncio.all_tasks() if "Keeper.run" in repr(task.get_coro())}
 
 
 async def test_a_pool_made_in_a_request_copies_nothing_of_the_requests_context():

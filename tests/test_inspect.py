@@ -183,7 +183,7 @@ def test_a_scope_that_another_thread_is_just_making_is_no_error() -> None:
     opening = named("opening")
     opening._state = "open"  # and when it was opened, is yet to be written down
     assert "opening" not in names()
-    del unfinished
+    unfinished.__init__("made now")  # type: ignore[misc]
     opening._state = "new"
     with opening:
         assert "opening" in names()

@@ -23,7 +23,6 @@ from scoped import (
 )
 from scoped.core import lifespan as lifespans
 from scoped.core import scope as scopes
-from scoped.core import teardown
 from scoped.core.lifespan import LifespanScope
 from scoped.core.request import RequestScope, ServedScope
 
@@ -607,11 +606,6 @@ class TestShutdown:
             await later()
             lifespan = scope.lifespan
             assert lifespan is not None
-            assert lifespan.others is not None
-            keeper = lifespan.others[pool.resource]
-            assert isinstance(keeper, teardown.Keeper)
-            keeper.task.cancel()  # nobody else is left, so it waits for the request, to close
-            await settle()
             closing = asyncio.create_task(lifespan.close())
             await settle()
         await settle()

@@ -29,12 +29,13 @@ from scoped import (
 from scoped.core import lifespan as lifespans
 from scoped.core import waits as waiting
 from scoped.core.request import RequestScope
+from tests.slowness import within
 from tests.tables import what_is_kept
 
 THREADS = 8
 ROUNDS = 60
 # Seconds after which a thread is taken to hang.
-DEADLINE = 20
+DEADLINE = within(20)
 
 
 @pytest.fixture(autouse=True)

@@ -35,9 +35,10 @@ from scoped import (
     request_scope,
     request_scoped,
 )
+from scoped.core.current import current, scope_here
 from scoped.core.lifespan import LifespanScope
 from scoped.core.request import RequestScope
-from scoped.core.scope import Scope, current, scope_here
+from scoped.core.scope import Scope
 from tests.lockstep import Hang, Lockstep, observe, tick
 from tests.tables import what_is_kept
 

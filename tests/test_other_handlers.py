@@ -28,7 +28,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import lifespan as lifespans
-from scoped.core.scope import current
+from scoped.core.current import current
 from scoped.core.waits import run_without_loop
 from scoped.serving.receivers import close_foreign, open_foreign
 from tests.connection import Connection

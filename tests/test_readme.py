@@ -1,9 +1,10 @@
-"""Every code block of the README, run as it stands there."""
+"""Every code block of the README, run as it stands there; CONTRIBUTING's commands are CI's."""
 
 import asyncio
 import contextvars
 import re
 import runpy
+import shlex
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from django.core.signals import request_finished
 
+from tests import pages
 from tests.uvicorn import uvicorn
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,7 @@ SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
 NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))]
 # Two blocks of one name are one file.
 FILES = {name: "\n".join(text for other, text in NAMED if other == name) for name, _ in NAMED}
+INSTALL, SERVE, DEMO = SHELL
 OTHERS = [text for text in PYTHON if text not in [text for _, text in NAMED]]
 
 
@@ -40,8 +43,11 @@ def project(tmp_path):
 
 
 def test_the_example_serves_requests(project, postgres_url, redis_url):
+    program, application, *options = shlex.split(SERVE)
+    assert (program, application) == ("uvicorn", "asgi:application")
     with uvicorn(
         "asgi",
+        *options,
         directory=project,
         DJANGO_SETTINGS_MODULE="settings",
         DATABASE_URL=postgres_url,
@@ -90,6 +96,27 @@ async def test_plain_contextvars_with_the_ticket_s_pattern():
 def test_no_block_is_left_out():
     assert set(FILES) == {"resources.py", "views.py", "asgi.py", "settings.py"}
     assert len(OTHERS) == 2
-    assert len(SHELL) == 2, "the demo's and the tests' command: .ci/run runs both as they stand"
+    assert INSTALL == "python -m pip install django-scoped"
+    assert DEMO.endswith("python -m demo"), ".ci/run runs it as it stands"
     assert all("\n" not in command for command in SHELL)
     assert len(BLOCKS) == len(PYTHON) + len(SHELL)
+
+
+def test_the_first_screen_says_what_hurts_and_what_one_writes():
+    screen = README.splitlines()[:60]
+    assert (
+        "@request_scoped  # one per request: opened on first use, closed after the last byte"
+        in screen
+    )
+    hurts = screen.index(next(line for line in screen if line.startswith("**What hurts.**")))
+    assert hurts < screen.index("```python")
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "RELEASING.md"):
+        for target, anchor in pages.LINK.findall(pages.without_blocks(ROOT / name)):
+            other = ROOT / target if target else ROOT / name
+            assert other.exists(), (name, target)
+            if anchor:
+                anchors = [pages.anchor(heading) for heading in pages.headings(other)]
+                assert anchor in anchors, (name, target, anchor)

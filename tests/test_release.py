@@ -441,7 +441,7 @@ async def test_when_it_is_cancelled_all_goes_first_and_then_the_cancellation_is_
         owner.uncancel()
         await cancelling
         assert log == (["db 1"] if where == "owner" else ["slow 1", "db 1"])
-        assert scope.values == {}
+        assert scope.records == {}
         assert await db() == "db 2"
 
 

@@ -575,7 +575,7 @@ class TestAllOfIt:
         assert log == (
             ["two", "one"] if where == "owner" else ["two", "complete", "one", "complete"]
         )
-        assert not scope.values
+        assert not scope.records
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0

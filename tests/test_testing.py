@@ -1,9 +1,13 @@
 """The kit for users' tests: ``override()``, the clients, ``assert_no_leaks()``."""
 
 import asyncio
+import functools
 import gc
 import unittest
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import aclosing
+from inspect import isasyncgenfunction, isgeneratorfunction
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +20,6 @@ from scoped import (
     FactoryError,
     ScopeClosedError,
     current_scope,
-    inspect,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -24,6 +27,7 @@ from scoped import (
     spawn,
 )
 from scoped.asgi import ScopedASGIHandler
+from scoped.core.first_use import get_sync
 from scoped.testing import AsyncClient, Client, assert_no_leaks, override
 from tests.connection import Connection
 from tests.views import Views
@@ -225,6 +229,121 @@ class TestOverride:
             assert use_sync() == use_sync() == "a fake"
             assert await db() == "db of pool"
             assert tenant() == "tenant"
+
+    async def test_as_a_decorator_it_holds_until_what_the_function_gives_is_done(self) -> None:
+        async def ask() -> str:
+            await asyncio.sleep(0)
+            return await db()
+
+        @override(db, "a fake")
+        def coroutine() -> Any:
+            return ask()
+
+        @override(db, "a fake")
+        def task() -> Any:
+            return asyncio.create_task(ask())
+
+        @override(db, "a fake")
+        def generator_of_a_plain_function() -> Any:
+            return (tenant() + db.get_nowait() for _ in range(2))
+
+        async with request_scope():
+            assert await db() == "db of pool"
+            assert await coroutine() == "a fake"
+            running = task()
+            assert isinstance(running, asyncio.Task)
+            assert await running == "a fake"
+            assert await db() == "db of pool"
+            unused = coroutine()
+            assert await db() == "db of pool"
+            assert await unused == "a fake"
+            never = generator_of_a_plain_function()
+            with pytest.raises(AsyncResourceError):  # the fake, which nobody has set up
+                next(never)
+            assert await db() == "db of pool"
+
+    async def test_as_a_decorator_of_generator_functions_it_holds_to_their_end(self) -> None:
+        seen: list[str] = []
+
+        @override(tenant, "a fake")
+        def generator() -> Generator[str, str, str]:
+            while True:
+                try:
+                    sent = yield tenant()
+                except KeyError:
+                    return tenant()
+                seen.append(sent)
+
+        @override(db, "a fake")
+        async def async_generator() -> AsyncGenerator[str, str]:
+            try:
+                while True:
+                    try:
+                        sent = yield await db()
+                    except KeyError:
+                        return
+                    seen.append(sent)
+            finally:
+                seen.append(await db())
+
+        assert isgeneratorfunction(generator)
+        assert isasyncgenfunction(async_generator)
+        async with request_scope():
+            steps = generator()
+            assert tenant() == "tenant"
+            assert next(steps) == steps.send("sent") == "a fake"
+            with pytest.raises(StopIteration) as stopped:
+                steps.throw(KeyError())
+            assert stopped.value.value == "a fake"
+            assert tenant() == "tenant"
+
+            async_steps = async_generator()
+            assert await async_steps.__anext__() == await async_steps.asend("sent") == "a fake"
+            with pytest.raises(StopAsyncIteration):
+                await async_steps.athrow(KeyError())
+            assert await db() == "db of pool"
+            async with aclosing(async_generator()) as begun:
+                assert await begun.__anext__() == "a fake"
+            assert await db() == "db of pool"
+        assert seen == ["sent", "sent", "a fake", "a fake"]
+
+    def test_what_is_no_function_is_not_decorated(self) -> None:
+        for thing in (type(self), "text"):
+            with pytest.raises(TypeError, match=r"It decorates functions"):
+                override(db, "a fake")(thing)  # type: ignore[type-var]
+
+    async def test_several_tasks_and_threads_at_once_end_in_any_order(self) -> None:
+        async def in_task(delay: int) -> None:
+            with override(db, delay):
+                for _ in range(delay):
+                    await asyncio.sleep(0)
+
+        def in_thread() -> None:
+            for _ in range(200):
+                with override(db, "of a thread"):
+                    pass
+
+        await asyncio.gather(
+            *(in_task(delay) for delay in (3, 1, 4, 1, 5, 9, 2, 6)),
+            *(asyncio.to_thread(in_thread) for _ in range(4)),
+        )
+        async with request_scope():
+            assert await db() == "db of pool"
+            with override(db, "a fake"):
+                assert await db() == "a fake"
+
+    async def test_a_resource_may_stand_in_and_a_partial_is_a_factory(self) -> None:
+        @request_scoped
+        async def other() -> str:
+            return f"instead, {tenant()}"
+
+        async with request_scope():
+            with override(db, other):
+                assert await db() == "instead, tenant"
+            with override(db, functools.partial("{} {}".format, "of", "a partial")):
+                assert await db() == "of a partial"
+            with override(tenant, functools.partial(list)):
+                assert isinstance(tenant(), functools.partial)
 
     def test_what_is_async_does_not_stand_in_for_what_is_sync(self) -> None:
         async def stand_in() -> str:
@@ -453,11 +572,11 @@ class InDjangosTestCase(SimpleTestCase):
 def test_both_serve_djangos_test_cases() -> None:
     case = InDjangosTestCase("run_both")
     result = unittest.TestResult()
-    case(result)
+    with assert_no_leaks():
+        case(result)
+        gc.collect()
     assert result.wasSuccessful(), (result.errors, result.failures)
     assert log.count("+pool") == log.count("-pool") == 1
-    gc.collect()
-    assert inspect() == []
 
 
 def test_a_sync_lifespan() -> None:
@@ -468,7 +587,7 @@ def test_a_sync_lifespan() -> None:
         assert lifespan.is_open
     assert log == ["+settings", "+tenant", "-tenant", "-settings"]
     with request_scope(), pytest.raises(ScopeClosedError):
-        lifespan.get_sync(settings_of_tenants.resource)
+        get_sync(lifespan, settings_of_tenants.resource)
 
 
 async def test_a_sync_lifespan_where_an_event_loop_runs_is_refused() -> None:

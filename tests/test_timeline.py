@@ -11,6 +11,7 @@ import psycopg
 import pytest
 
 from demo.buttons import ENDINGS, LOST
+from tests import slowness
 from tests.processes import ROOT, Demo, Visitor, eventually
 from tests.watching import Page, Row, bars
 
@@ -196,7 +197,7 @@ class TestStockDjango:
         assert page.click("/stock/fine").status_code == 500
         (row,) = page.ended("/stock/fine")
         assert row["remark"] == "no connection left"
-        assert 2.5 < row["ended"] - row["began"] < 6
+        assert 2.5 < row["ended"] - row["began"] < 3 + slowness.within(3)
         assert page.click("/scoped/fine").status_code == 200
         eventually(page.settled)
         reset(page)

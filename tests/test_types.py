@@ -17,6 +17,7 @@ PROGRAM = """\
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 
 from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
+from scoped.testing import override
 from scoped.wsgi import get_wsgi_application
 
 
@@ -93,7 +94,53 @@ def until_function() -> Connection:
     return Connection()
 
 
+@request_scoped(keyed=True)
+async def lock(name: str, seconds: int = 60) -> AsyncIterator[Connection]:
+    yield Connection()
+
+
+@request_scoped(keyed=True)
+async def keyed_coroutine(name: str) -> Connection:
+    return Connection()
+
+
+@request_scoped(keyed=True, until="response")
+def keyed_generator(name: str) -> Iterator[Connection]:
+    yield Connection()
+
+
+@request_scoped(keyed=True)
+def keyed_function(name: str, *others: int) -> Connection:
+    return Connection()
+
+
+@request_scope()
+async def nightly(number: int, *, dry: bool = False) -> Connection:
+    return Connection()
+
+
+@request_scope()
+def weekly(number: int) -> Connection:
+    return Connection()
+
+
+@override(lock, "a fake")
+async def test_nightly(number: int) -> Connection:
+    return Connection()
+
+
 async def view() -> None:
+    reveal_type(await lock("invoice-7"))  # Connection
+    reveal_type(await lock("invoice-7", 30))  # Connection
+    reveal_type(await lock.release("invoice-7"))  # None
+    reveal_type(lock.get_nowait("invoice-7", 30))  # Connection
+    reveal_type(await keyed_coroutine("a"))  # Connection
+    reveal_type(keyed_generator("a"))  # Connection
+    reveal_type(keyed_function("a", 1, 2))  # Connection
+    keyed_generator.release("a")
+    reveal_type(await nightly(1, dry=True))  # Connection
+    reveal_type(weekly(1))  # Connection
+    reveal_type(await test_nightly(1))  # Connection
     reveal_type(await async_generator())  # Connection
     reveal_type(await async_generator_2())  # Connection
     reveal_type(await coroutine_function())  # Connection
@@ -129,7 +176,7 @@ async def view() -> None:
 WRONG = """\
 from collections.abc import AsyncIterator
 
-from scoped import lifespan_scoped, request_scoped
+from scoped import lifespan_scoped, request_scope, request_scoped
 
 
 @lifespan_scoped
@@ -147,6 +194,15 @@ def tenant() -> str:
     return "tenant"
 
 
+@request_scoped(keyed=True)
+async def lock(name: str) -> AsyncIterator[str]:
+    yield name
+
+
+@request_scope()
+async def nightly(number: int) -> None: ...
+
+
 async def view() -> None:
     number: int = await db()
     (await db()).no_such_method()
@@ -158,6 +214,13 @@ async def view() -> None:
     number = db.get_nowait()
     request_scoped(until="view")
     db.release(1)
+    await lock()
+    await lock(1)
+    await lock.release()
+    lock.get_nowait(1)
+    number = await lock("a")
+    await nightly("1")
+    nightly(1).no_such_method()
     db.release()
 
 
@@ -205,7 +268,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 25
+    assert len(expected) == 35
 
     def plain(name: str) -> str:
         return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+)\.", "", name)
@@ -223,10 +286,10 @@ def test_a_wrong_use_is_an_error(checker: str, tmp_path: Path) -> None:
     lines = WRONG.splitlines()
     found = {int(number) for number in re.findall(r"wrong\.py:(\d+):(?:\d+)?[ :-]*error", output)}
     first = lines.index("async def view() -> None:") + 1
-    assert set(range(first + 1, first + 12)) <= found, output
+    assert set(range(first + 1, first + 19)) <= found, output
     declared = len(lines)
     assert found & {declared, declared - 1}, output
-    assert found <= {*range(first + 1, first + 12), declared, declared - 1}, output
+    assert found <= {*range(first + 1, first + 19), declared, declared - 1}, output
 
 
 @CHECKERS

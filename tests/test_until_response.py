@@ -780,7 +780,7 @@ async def test_a_cancellation_while_it_is_torn_down_ends_the_others_and_sends_no
 
     connection = Connection(ScopedASGIHandler(), "/waits")
     if where == "child":  # it ends in its own task, whoever cancels the request
-        asyncio.get_running_loop().call_later(0.02, release.set)
+        asyncio.get_running_loop().call_later(0.3, release.set)
     await end_early(connection, how)
     assert connection.sent == []
     assert log[3:] == [

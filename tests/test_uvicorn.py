@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.slowness import within
 from tests.uvicorn import uvicorn
 
 
@@ -30,7 +31,7 @@ def test_a_request_finished_receiver_sees_what_the_view_set():
 
 def test_the_server_refuses_to_start_and_says_which_resource_failed():
     with uvicorn("tests.projects.lifespan", POOL_FAILS="yes") as server:
-        assert server.process.wait(20) != 0
+        assert server.process.wait(within(20)) != 0
         server.wait_for(
             r"no database there.*tests\.projects\.lifespan\.pool \(.*lifespan\.py:\d+\)"
         )

@@ -37,10 +37,11 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import lifespan as lifespans
-from scoped.core.scope import current
+from scoped.core.current import current
 from scoped.core.waits import run_without_loop
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
+from tests.slowness import within
 from tests.views import Views
 from tests.wsgi_server import call, environ
 
@@ -766,7 +767,7 @@ class Site:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(within(10))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -776,14 +777,16 @@ class Site:
             self.output.seek(0)
             raise AssertionError(self.output.read().decode())
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            socket.create_connection(("127.0.0.1", self.port), within(1)).close()
         except OSError:
             return False
         return True
 
     def get(self, where=""):
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{where}", timeout=10) as it:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}/{where}", timeout=within(10)
+            ) as it:
                 return it.status, it.read().decode()
         except HTTPError as error:
             with error:
@@ -841,7 +844,7 @@ def test_under_wsgiref():
             for where, expected in [("uses", 200), ("raises", 404), ("streams", 200)]:
                 url = f"http://127.0.0.1:{server.server_port}/{where}"
                 try:
-                    with urllib.request.urlopen(url, timeout=5) as response:
+                    with urllib.request.urlopen(url, timeout=within(5)) as response:
                         status = response.status
                         response.read()
                 except HTTPError as error:
@@ -983,7 +986,7 @@ def run_forks(program):
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=within(30),
     )
     assert done.stderr == ""
     assert done.returncode == 0
@@ -1011,11 +1014,11 @@ def test_what_was_set_up_before_a_fork_is_the_parents_alone():
 def test_the_child_does_not_wait_for_a_thread_that_only_the_parent_has():
     said = run_forks(
         "import signal, threading, warnings\n"
-        "from scoped import lifespans, requests, scopes\n"
+        "from scoped.core import lifespan, record, scope\n"
         "warnings.simplefilter('ignore')  # Python's own, of forks beside threads\n"
         "held, go_on = threading.Event(), threading.Event()\n"
         "def hold():\n"
-        "    with scopes._lock, requests._lock, lifespans._lock:\n"
+        "    with scope._lock, record._lock, lifespan._lock:\n"
         "        held.set()\n"
         "        go_on.wait()\n"
         "threading.Thread(target=hold).start()\n"

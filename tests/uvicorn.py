@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.slowness import within
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,7 +35,7 @@ class Server:
 
     def wait_for(self, pattern: str, seconds: float = 20) -> "re.Match[str]":
         """The first line of its log that matches."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + within(seconds)
         with self._changed:
             while True:
                 for line in self.lines:
@@ -50,8 +52,8 @@ class Server:
 
     def stop(self, signal: int, seconds: float = 20) -> int:
         self.process.send_signal(signal)
-        code = self.process.wait(seconds)
-        self._reader.join(seconds)
+        code = self.process.wait(within(seconds))
+        self._reader.join(within(seconds))
         return code
 
 

@@ -14,13 +14,13 @@ import django
 from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage
-from django.urls import get_resolver
 from django.utils.version import get_version_tuple
 
 from scoped import conf
 from scoped.checks.yields import first_skipped_line
 from scoped.core.override import overridden
 from scoped.core.resource import Lifetime, Resource
+from scoped.discovery import import_urls
 
 __all__ = ["declared_resources", "path_from_here", "register"]
 
@@ -94,7 +94,7 @@ def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
 def check_yields(**kwargs: Any) -> list[CheckMessage]:
     return [
         checks.Warning(
-            f"Line {line} is skipped when the {resource.lifetime.value} fails, for the failure is "
+            f"Line {line} is skipped when the {resource.lifetime} fails, for the failure is "
             "raised at the `yield`.",
             hint="What must always run: put it into the `finally:` of a `try:` around the `yield`, "
             "or use a context manager. What is for success only, as a commit: put it into the "
@@ -157,9 +157,8 @@ def check_wsgi_handler(**kwargs: Any) -> list[CheckMessage]:
 
 def declared_resources() -> list[Resource[Any]]:
     """All of them, sorted by module and line."""
-    if getattr(settings, "ROOT_URLCONF", None):
-        # Views may declare some, and Django's check that imports them may yet be to come.
-        _ = get_resolver().urlconf_module
+    # Views may declare some, and Django's check that imports them may yet be to come.
+    import_urls()
     return sorted(Resource.declared, key=_place)
 
 

@@ -7,9 +7,10 @@ from threading import get_ident
 from typing import Any, cast
 
 from scoped.core import release as releases
-from scoped.core.request import scope_for, scope_holding
+from scoped.core.current import current, scope_here
+from scoped.core.first_use import get, get_nowait, get_sync
+from scoped.core.lookup import scope_for
 from scoped.core.resource import Lifetime, Resource
-from scoped.core.scope import current
 
 __all__ = ["async_access", "sync_access"]
 
@@ -30,59 +31,54 @@ def async_access(resource: Resource[Any]) -> Any:
         scope = get_current()
         try:
             if scope.loop is get_running_loop():
-                return scope.values[resource]
+                return scope.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await scope_for(resource).get(resource)
+        return await get(scope_for(resource), resource)
 
     async def of_request_by_thread() -> Any:
         scope = get_current()
         try:
             if scope.thread == get_ident():
-                return scope.values[resource]
+                return scope.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await scope_for(resource).get(resource)
+        return await get(scope_for(resource), resource)
 
     async def of_lifespan() -> Any:
         try:
             lifespan = get_current().lifespan
             if lifespan.loop is get_running_loop():
-                return lifespan.values[resource]
+                return lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await scope_for(resource).get(resource)
+        return await get(scope_for(resource), resource)
 
     async def of_lifespan_by_thread() -> Any:
         try:
             lifespan = get_current().lifespan
             if lifespan.thread == get_ident():
-                return lifespan.values[resource]
+                return lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await scope_for(resource).get(resource)
+        return await get(scope_for(resource), resource)
 
-    async def of_response() -> Any:
-        return await scope_for(resource).get(resource)
-
-    def get_nowait() -> Any:
-        return scope_for(resource).get_nowait(resource)
+    def nowait() -> Any:
+        return get_nowait(scope_for(resource), resource)
 
     async def release() -> None:
-        if (scope := scope_holding(resource)) is not None:
+        if (scope := scope_here()) is not None:
             await releases.release(scope, resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource
         resource = other
 
-    if resource.lifetime is Lifetime.REQUEST:
-        access: Any = of_request if _BY_LOOP else of_request_by_thread
-    elif resource.lifetime is Lifetime.LIFESPAN:
-        access = of_lifespan if _BY_LOOP else of_lifespan_by_thread
+    if resource.lifetime is Lifetime.LIFESPAN:
+        access: Any = of_lifespan if _BY_LOOP else of_lifespan_by_thread
     else:
-        access = of_response
-    access.get_nowait, access.stand_in = get_nowait, stand_in
+        access = of_request if _BY_LOOP else of_request_by_thread
+    access.get_nowait, access.stand_in = nowait, stand_in
     if resource.lifetime is not Lifetime.LIFESPAN:
         access.release = release
     return access
@@ -93,34 +89,27 @@ def sync_access(resource: Resource[Any]) -> Any:
 
     def of_request() -> Any:
         try:
-            return get_current().values[resource]
+            return get_current().records[resource].value
         except (KeyError, AttributeError):
             pass
-        return scope_for(resource).get_sync(resource)
+        return get_sync(scope_for(resource), resource)
 
     def of_lifespan() -> Any:
         try:
-            return get_current().lifespan.values[resource]
+            return get_current().lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return scope_for(resource).get_sync(resource)
-
-    def of_response() -> Any:
-        return scope_for(resource).get_sync(resource)
+        return get_sync(scope_for(resource), resource)
 
     def release() -> None:
-        if (scope := scope_holding(resource)) is not None:
+        if (scope := scope_here()) is not None:
             releases.release_sync(scope, resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource
         resource = other
 
-    access: Any = {
-        Lifetime.REQUEST: of_request,
-        Lifetime.LIFESPAN: of_lifespan,
-        Lifetime.RESPONSE: of_response,
-    }[resource.lifetime]
+    access: Any = of_lifespan if resource.lifetime is Lifetime.LIFESPAN else of_request
     access.stand_in = stand_in
     if resource.lifetime is not Lifetime.LIFESPAN:
         access.release = release

@@ -5,24 +5,33 @@ They return a plain function, so that ``await db()`` costs one closure's corouti
 ``async_to_sync(db)`` works as for any other. Its recipe is its attribute ``resource``.
 """
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from scoped.core.access import async_access, sync_access
+from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
-from scoped.core.lifespan import eager
+from scoped.core.keyed import keyed_async_access, keyed_sync_access
+from scoped.core.lifespan import eager, lifespans
 from scoped.core.resource import Lifetime, Resource
 
 __all__ = [
     "AsyncRequestResource",
     "AsyncResource",
+    "KeyedAsyncResource",
+    "KeyedSyncResource",
     "SyncRequestResource",
     "SyncResource",
+    "is_resource",
     "lifespan_scoped",
     "request_scoped",
 ]
 
+logger = logging.getLogger("scoped")
+
+P = ParamSpec("P")
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -78,6 +87,39 @@ class SyncRequestResource(SyncResource[T_co], Protocol[T_co]):
         ...
 
 
+class KeyedAsyncResource(Protocol[P, T_co]):
+    """
+    What ``request_scoped(keyed=True)`` makes of an async factory: ``await lock("invoice-7")``.
+    Arguments are positional, and hashable.
+    """
+
+    @property
+    def resource(self) -> Resource[T_co]: ...
+
+    def __call__(self, *key: P.args, **none: P.kwargs) -> Coroutine[Any, Any, T_co]: ...
+
+    def get_nowait(self, *key: P.args, **none: P.kwargs) -> T_co:
+        """As that of what is not keyed, for one set of arguments."""
+        ...
+
+    def release(self, *key: P.args, **none: P.kwargs) -> Coroutine[Any, Any, None]:
+        """As that of what is not keyed, for one set of arguments."""
+        ...
+
+
+class KeyedSyncResource(Protocol[P, T_co]):
+    """What ``request_scoped(keyed=True)`` makes of a sync factory: ``permission("edit")``."""
+
+    @property
+    def resource(self) -> Resource[T_co]: ...
+
+    def __call__(self, *key: P.args, **none: P.kwargs) -> T_co: ...
+
+    def release(self, *key: P.args, **none: P.kwargs) -> None:
+        """As that of what is not keyed, for one set of arguments."""
+        ...
+
+
 class _Decorator(Protocol):
     @overload
     def __call__(self, factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
@@ -104,6 +146,21 @@ class _RequestDecorator(Protocol):
     def __call__(self, factory: Callable[[], T], /) -> SyncRequestResource[T]: ...
 
 
+class _KeyedDecorator(Protocol):
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, factory: Callable[P, AsyncIterator[T]], /
+    ) -> KeyedAsyncResource[P, T]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, factory: Callable[P, Awaitable[T]], /
+    ) -> KeyedAsyncResource[P, T]: ...
+    @overload
+    def __call__(self, factory: Callable[P, Iterator[T]], /) -> KeyedSyncResource[P, T]: ...
+    @overload
+    def __call__(self, factory: Callable[P, T], /) -> KeyedSyncResource[P, T]: ...
+
+
 @overload
 def request_scoped(  # type: ignore[overload-overlap]
     factory: Callable[[], AsyncIterator[T]], /
@@ -117,11 +174,21 @@ def request_scoped(factory: Callable[[], Iterator[T]], /) -> SyncRequestResource
 @overload
 def request_scoped(factory: Callable[[], T], /) -> SyncRequestResource[T]: ...
 @overload
-def request_scoped(*, until: Literal["response"] | None = ...) -> _RequestDecorator: ...
+def request_scoped(
+    *, until: Literal["response"] | None = ..., keyed: Literal[False] = ...
+) -> _RequestDecorator: ...
+@overload
+def request_scoped(
+    *, until: Literal["response"] | None = ..., keyed: Literal[True]
+) -> _KeyedDecorator: ...
 
 
 def request_scoped(
-    factory: Callable[[], Any] | None = None, /, *, until: Literal["response"] | None = None
+    factory: Callable[[], Any] | None = None,
+    /,
+    *,
+    until: Literal["response"] | None = None,
+    keyed: bool = False,
 ) -> Any:
     """
     Make a resource that is set up once in each request, on first use, and torn
@@ -136,6 +203,11 @@ def request_scoped(
     before the first byte of the response: if that fails, the response becomes a
     500. For what must be known to be done when the client is told so, as a COMMIT.
 
+    With ``keyed=True`` the factory takes arguments, and there is one value for each
+    set of them: ``await lock("invoice-7")``. They are positional and hashable, and
+    1, 1.0 and True are one key. ``release()`` and ``get_nowait()`` take the same. No
+    message, log or ``inspect()`` shows them.
+
     Returns a function: ``await db()`` gives the value of an async factory,
     ``tenant()`` that of a sync one. It raises NoScopeError outside a request,
     ScopeClosedError after it, and what the factory raises. Its ``release()`` gives
@@ -146,9 +218,10 @@ def request_scoped(
     if until not in (None, "response"):
         raise ValueError(f"until is {until!r}. Leave it out, or make it 'response'.")
     lifetime = Lifetime.REQUEST if until is None else Lifetime.RESPONSE
-    if factory is None:
-        return partial(_declare, lifetime=lifetime)
-    return _declare(factory, lifetime)
+    options = ['until="response"'] * (until is not None) + ["keyed=True"] * keyed
+    made_by = "request_scoped" + f"({', '.join(options)})" * bool(options)
+    declare = partial(_declare, made_by=made_by, lifetime=lifetime, keyed=keyed)
+    return declare if factory is None else declare(factory)
 
 
 @overload
@@ -172,19 +245,53 @@ def lifespan_scoped(factory: Callable[[], Any] | None = None, /, *, eager: bool 
     refuses to start. Its module must be imported by then: ``resources.py`` of an
     installed app is, where ``scoped`` is in ``INSTALLED_APPS``.
     """
-    if factory is None:
-        return partial(_declare, lifetime=Lifetime.LIFESPAN, is_eager=eager)
-    return _declare(factory, Lifetime.LIFESPAN)
+    made_by = "lifespan_scoped(eager=True)" if eager else "lifespan_scoped"
+    declare = partial(_declare, made_by=made_by, lifetime=Lifetime.LIFESPAN, is_eager=eager)
+    return declare if factory is None else declare(factory)
 
 
-def _declare(function: Callable[[], Any], lifetime: Lifetime, is_eager: bool = False) -> Any:
-    resource: Resource[Any] = Resource(Factory.of(function), lifetime)
+def _declare(
+    function: Callable[..., Any],
+    made_by: str,
+    lifetime: Lifetime,
+    *,
+    keyed: bool = False,
+    is_eager: bool = False,
+) -> Any:
+    if is_resource(function):
+        raise FactoryError(
+            getattr(function, "resource"),  # noqa: B009
+            f"is a resource already, and @{made_by} was put upon it",
+            "One decorator makes it a resource: leave out the other.",
+        )
+    resource: Resource[Any] = Resource(Factory.of(function, keyed=keyed), lifetime, keyed)
     Resource.declared.add(resource)
-    make = async_access if resource.factory.is_async else sync_access
-    access = make(resource)
-    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(access, name, getattr(function, name))
+    factory = resource.factory
+    if keyed:
+        access = (keyed_async_access if factory.is_async else keyed_sync_access)(resource)
+    else:
+        access = (async_access if factory.is_async else sync_access)(resource)
+    access.__module__ = factory.function.__module__
+    access.__name__ = getattr(function, "__name__", factory.function.__name__)
+    # All that a function's repr shows, and its coroutines', as when one was never awaited. Whoever
+    # looks a function up by this name (pickle) does without: a class of our own, with a repr() of
+    # its own, would make each access cost a quarter more.
+    access.__qualname__ = f"{made_by} {factory.name}"
+    access.__doc__ = factory.function.__doc__
     access.resource = resource
     if is_eager:
         eager.append(access)
+        if any(lifespan.is_held for lifespan in list(lifespans.values())):
+            logger.warning(
+                "%s is declared with eager=True after start-up, too late to be set up then: it is "
+                "on its first use. Import its module earlier: resources.py of an installed app is, "
+                "where scoped is in INSTALLED_APPS.",
+                resource,
+            )
     return access
+
+
+def is_resource(thing: object) -> bool:
+    """Whether it is what a decorator has made, and not what somebody has wrapped that in."""
+    resource = getattr(thing, "resource", None)
+    return isinstance(resource, Resource) and not hasattr(thing, "__wrapped__")

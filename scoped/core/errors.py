@@ -13,8 +13,12 @@ Every error that scoped raises::
 Each says what happened, then what to do.
 """
 
+import threading
 from collections.abc import Sequence
-from typing import Self
+from types import TracebackType
+from typing import Any, Self, cast
+
+from scoped.core.names import printable_repr
 
 __all__ = [
     "AsyncResourceError",
@@ -25,6 +29,10 @@ __all__ = [
     "ScopeClosedError",
     "ScopedError",
     "TeardownError",
+    "note",
+    "notes_of",
+    "set_traceback",
+    "teardown_timed_out",
 ]
 
 
@@ -38,30 +46,67 @@ class NoScopeError(ScopedError, LookupError):
     def __init__(self, resource: object = None, hint: str = "") -> None:
         self.resource = resource
         what = f"{resource} was used" if resource is not None else "current_scope() was called"
-        super().__init__(
-            f"{what} where no {'such' if hint else 'request'} scope is open. "
-            + (
-                hint
-                or "In a request: serve the project with scoped.asgi.get_asgi_application(). "
-                "Anywhere else (a command, a task, a test): open one with "
-                "`async with request_scope():`."
-            )
+        lifetime = _lifetime_of(resource)
+        which = "such" if hint else "lifespan" if lifetime == "lifespan" else "request"
+        super().__init__(f"{what} where no {which} scope is open. {hint or _remedy(lifetime)}")
+
+
+def _remedy(lifetime: str) -> str:
+    serve = "scoped.asgi.get_asgi_application()"
+    if lifetime == "lifespan":
+        return (
+            f"A server opens the lifespan: serve the project with {serve}. Anywhere else (a "
+            "command, a script, a test): open it with `async with lifespan_scope():`, or with a "
+            "request scope, which has one."
         )
+    anywhere_else = (
+        "Anywhere else (a command, a task, a test): open one with `async with request_scope():`."
+    )
+    thread = threading.current_thread()
+    if thread is threading.main_thread():
+        return (
+            f"In a request: serve the project with {serve}. If it is, this was started by what "
+            "does not know of the request, as asyncio.run_coroutine_threadsafe() in a thread of "
+            f"your own: start it in the request's own tasks. {anywhere_else}"
+        )
+    return (
+        f"This is the thread {printable_repr(thread.name)}, and one that you start yourself, in an "
+        "executor too, does not know of the request: use asyncio.to_thread() or sync_to_async(), "
+        "or let it run `contextvars.copy_context().run`. In a request's own thread: serve the "
+        f"project with {serve}, or scoped.wsgi's. {anywhere_else}"
+    )
+
+
+def _lifetime_of(thing: object) -> str:
+    """That of a resource or a scope."""
+    return str(getattr(thing, "lifetime", ""))
 
 
 class ScopeClosedError(ScopedError, RuntimeError):
     """A resource was used after its scope had closed, or while it closes."""
 
-    def __init__(self, resource: object, scope: object, hint: str = "") -> None:
+    def __init__(
+        self, resource: object, scope: object, hint: str = "", *, in_teardown: bool = False
+    ) -> None:
         self.resource = resource
         self.scope = str(scope)  # its name, not the scope: an error keeps nothing alive
+        if in_teardown:
+            hint = (
+                "A teardown can use what is set up, and set up nothing more: ask for it before "
+                "the `yield`."
+            )
+        elif _lifetime_of(scope) == "lifespan":
+            hint = (
+                "The server shuts down: what is still at work can use what is set up, and set up "
+                "nothing more. Where it must, ask for it earlier."
+            )
         super().__init__(
             f"{resource} was used after its scope, {scope}, had begun to close. "
             + (
                 hint
                 or "What outlives a request cannot use the request's resources: finish the work "
-                "before the request ends, or open a scope of its own with "
-                "`async with request_scope():`."
+                "before the request ends, start it with `spawn()`, which gives it a scope of its "
+                "own, or open one in it with `async with request_scope():`."
             )
         )
 
@@ -73,22 +118,49 @@ class CircularResourceError(ScopedError, RuntimeError):
         self.circle = tuple(circle)
         super().__init__(
             "Resources need each other in a circle, so none of them can be set up first: "
-            + " -> ".join(map(str, circle))
+            + _arrows(circle)
             + ". Break the circle: move what both need into a resource of its own."
         )
 
 
-class LifetimeError(ScopedError, RuntimeError):
-    """A resource needs one that does not live as long as it does."""
+def _arrows(circle: Sequence[object]) -> str:
+    """Of a long one (keys may make it so), where it begins and where it closes."""
+    steps = list(map(str, circle))
+    if len(steps) > 12:
+        steps[6:-6] = [f"... {len(steps) - 12} more ..."]
+    return " -> ".join(steps)
 
-    def __init__(self, resource: object, needed: object, lifetime: str, shorter: str) -> None:
+
+class LifetimeError(ScopedError, RuntimeError):
+    """
+    A resource needs one that does not live as long as it does. Where it is set up already
+    (``left_running``), a task that its factory has started needs it.
+    """
+
+    def __init__(
+        self,
+        resource: object,
+        needed: object,
+        lifetime: str,
+        shorter: str,
+        *,
+        left_running: bool = False,
+    ) -> None:
         self.resource = resource
         self.needed = needed
-        super().__init__(
-            f"{resource}, whose lifetime is the {lifetime}'s, asked for {needed}, whose lifetime "
-            f"is the {shorter}'s, and so ends before. Give both the same lifetime, or ask for the "
-            "second where the first is used."
-        )
+        if left_running:
+            text = (
+                f"A task that the factory of {resource} has left running asked for {needed}, whose "
+                f"lifetime is the {shorter}'s: it is part of none. Open a scope in it for each "
+                "piece of its work, with `async with request_scope():`."
+            )
+        else:
+            text = (
+                f"{resource}, whose lifetime is the {lifetime}'s, asked for {needed}, whose "
+                f"lifetime is the {shorter}'s, and so ends before. Give both the same lifetime, or "
+                "ask for the second where the first is used."
+            )
+        super().__init__(text)
 
 
 class AsyncResourceError(ScopedError, RuntimeError):
@@ -129,3 +201,51 @@ class TeardownError(ScopedError, ExceptionGroup[Exception]):
 
     def derive(self, errors: Sequence[Exception]) -> "TeardownError":  # type: ignore[override]
         return TeardownError(self.scope, errors)
+
+
+def teardown_timed_out(resource: object, seconds: float, in_use_by: str = "") -> TimeoutError:
+    """For a resource of a lifespan, with whose requests are open in it, or may yet use it."""
+    if _lifetime_of(resource) != "lifespan":
+        remedy = 'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
+    else:
+        remedy = (
+            "A pool waits like that for what has been taken out of it and not been given back"
+            + (f", by {in_use_by}: " if in_use_by else ": ")
+            + "by a task that outlives its request, say. End those before the server does "
+            "(`spawn()` has them waited for), or let the factory close it without waiting, or "
+            'raise SCOPED["TEARDOWN_TIMEOUT"].'
+        )
+    return TimeoutError(
+        f"{resource} took longer than {seconds:g} seconds to be torn down. {remedy}"
+    )
+
+
+# Somebody else's exception may refuse what we do to it: a frozen dataclass every attribute, others
+# have an ``add_note()`` or ``__setattr__()`` that raises, or ``__notes__`` that are no list. And it
+# may be one and the same object that is raised again and again: nothing must pile up on it.
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note to an exception, once. Never raises: it does without where that cannot be."""
+    try:
+        notes: Any = getattr(error, "__notes__", None)
+        if notes is None:
+            # Not add_note(), which asks the class's own __setattr__().
+            object.__setattr__(error, "__notes__", [text])
+        elif isinstance(notes, list) and text not in notes_of(error):
+            cast("list[str]", notes).append(text)
+    except Exception:  # noqa: S110 (it may be anything, and a note is not worth a word)
+        pass
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Its notes, as far as they are any."""
+    try:
+        return [one for one in getattr(error, "__notes__", ()) if isinstance(one, str)]
+    except Exception:
+        return []
+
+
+def set_traceback(error: BaseException, traceback: TracebackType | None) -> None:
+    """Set it as ``raise`` does, past what the exception's class makes of attributes."""
+    BaseException.with_traceback(error, traceback)

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import cast
 
 from scoped.core import noted
-from scoped.core.request import ResponseScope
+from scoped.core.record import HELD, STARTING
 from scoped.core.scope import Scope
 from scoped.core.waits import ForkSafeLock
 
@@ -22,6 +22,7 @@ class OpenScope:
     seconds: float  # since it was opened
     resources: tuple[str, ...]  # that it holds, in the order of their set-up
     being_set_up: tuple[str, ...]
+    being_torn_down: tuple[str, ...]
 
 
 def inspect() -> list[OpenScope]:
@@ -74,17 +75,16 @@ def _with_subclasses(kind: type[Scope]) -> Iterator[type[Scope]]:
 
 def _is_open(scope: Scope) -> bool:
     # Another thread may be at its __init__, or in the middle of opening it.
-    if not getattr(scope, "is_open", False) or not scope.opened:
-        return False
-    return not isinstance(scope, ResponseScope)
+    return getattr(scope, "is_open", False) and scope.opened > 0
 
 
 def picture(scope: Scope, now: float) -> OpenScope:
-    response = scope.response  # once, for another thread may be closing it
-    parts = [scope] if response is None else [scope, response]
+    records = list(scope.records.values())
+    held = sorted((one for one in records if one.state == HELD), key=lambda one: one.number)
     return OpenScope(
         name=str(scope),
         seconds=now - scope.opened,
-        resources=tuple(one.factory.name for part in parts for one in list(part.values)),
-        being_set_up=tuple(one.resource.factory.name for part in parts for one in part.set_ups()),
+        resources=tuple(one.resource.factory.name for one in held),
+        being_set_up=tuple(one.resource.factory.name for one in records if one.state == STARTING),
+        being_torn_down=tuple(one.resource.factory.name for one in list(scope.ending or ())),
     )

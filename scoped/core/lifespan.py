@@ -6,15 +6,17 @@ import asyncio
 import atexit
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import Context, copy_context
 from types import TracebackType
 from typing import Any, Self
 
-from scoped.core.record import SetUp
+from scoped.core.current import current
+from scoped.core.names import few
+from scoped.core.record import Record
 from scoped.core.resource import Lifetime
-from scoped.core.scope import Scope, current
+from scoped.core.scope import Scope
 from scoped.core.waits import (
     ForkSafeLock,
     current_task,
@@ -41,10 +43,11 @@ eager: list[Any] = []
 class LifespanScope(Scope):
     """
     In use as long as somebody holds it (a server, ``lifespan_scope()``) or, where
-    nobody does, as long as requests are open in it.
+    nobody does, as long as requests are open in it. Whoever finds, under the lock, that neither is
+    so has claimed it: nobody can join it any more, and that one closes it.
     """
 
-    __slots__ = ("_base", "_holders", "_idle", "_requests", "is_parents")
+    __slots__ = ("_around", "_base", "_holders", "_idle", "_is_claimed", "_requests", "is_parents")
 
     lifetime = Lifetime.LIFESPAN
 
@@ -53,7 +56,10 @@ class LifespanScope(Scope):
         self._base = base
         self._holders = 0
         self._requests: set[Scope] = set()
+        self._is_claimed = False
+        # What its last holder waits for, and the requests around it, for which it does not wait.
         self._idle: asyncio.Future[None] | None = None
+        self._around: set[Scope] = set()
         self.is_parents = False  # that of the process which this one was forked from
         self.lifespan = self
         base.run(self._open, running_loop(), current_task())
@@ -61,6 +67,9 @@ class LifespanScope(Scope):
 
     def tell_of_opening(self) -> None:
         self._base.run(super().tell_of_opening)
+
+    def context(self) -> Context:
+        return self._base.copy()
 
     @classmethod
     def implied_by(cls, request: Scope) -> Self:
@@ -70,91 +79,133 @@ class LifespanScope(Scope):
         return self
 
     @classmethod
-    def hold(cls) -> Self:
+    def hold(cls) -> "LifespanScope":
         """The lifespan of the running event loop, or of sync code, opened now if need be."""
         loop, is_new = running_loop(), False
         with _lock:
             self = lifespans.get(loop)
-            if self is None or not self.is_open:
+            if self is None or not self.can_be_joined:
                 self, is_new = cls(copy_context()), True
                 self.sync_only = loop is None
                 lifespans[loop] = self
             self._holders += 1
         if is_new:  # not under the lock, which requests need that are opened then
             self.tell_of_opening()
-        return self  # type: ignore[return-value]
+        return self
 
-    async def drop(self, failure: BaseException | None = None) -> None:
-        """Undo ``hold()``; the last one closes, when the open requests have ended."""
+    @property
+    def is_held(self) -> bool:
+        """Whether it is a server's, say, for which start-up is over or under way."""
+        return self._holders > 0 and self.is_open
+
+    @property
+    def can_be_joined(self) -> bool:
+        return self.is_open and not self._is_claimed
+
+    def in_use_by(self) -> str:
         with _lock:
-            self._holders -= 1
-            if self._holders:
-                return
-        await self._close_abandoned(failure)
+            return few(sorted(map(str, self._requests)))
 
-    def drop_sync(self, failure: BaseException | None = None) -> None:
-        """As ``drop()``, in sync code, which does not wait for other threads' requests."""
-        with _lock:
-            self._holders -= 1
-            if self._holders:
-                return
-        run_without_loop(self._end(failure))
+    def _claim(self) -> bool:
+        """With the lock held."""
+        if self._holders or not self.can_be_joined:
+            return False
+        self._is_claimed = True
+        return True
 
-    async def _close_abandoned(
-        self, failure: BaseException | None, *, loop_ends: bool = False
+    async def drop(
+        self, failure: BaseException | None = None, around: Iterable[Scope] = ()
     ) -> None:
-        cancellation = await self._requests_ended()
-        # Else somebody has taken it over meanwhile. When the event loop ends, nobody can drop it.
-        if not self._holders or loop_ends:
+        """
+        Undo ``hold()``. The last one waits for the open requests, but for those ``around`` it,
+        and closes; where there are any around it, the last of them does.
+        """
+        with _lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        cancellation = await self._requests_ended(set(around))
+        with _lock:
+            # Else somebody has taken it over meanwhile.
+            closes = not self._requests & set(around) and self._claim()
+        if closes:
             await self._end(failure)
         if cancellation is not None:
             raise cancellation
 
-    async def _requests_ended(self) -> asyncio.CancelledError | None:
+    def drop_sync(self, failure: BaseException | None = None, around: Iterable[Scope] = ()) -> None:
+        """As ``drop()``, in sync code, which does not wait for other threads' requests."""
         with _lock:
-            if not self._requests:
+            self._holders -= 1
+            closes = not self._requests & set(around) and self._claim()
+        if closes:
+            run_without_loop(self._end(failure))
+
+    async def close_abandoned(self, failure: BaseException) -> None:
+        self.owner = asyncio.current_task()
+        cancellation = await self._requests_ended(set())
+        with _lock:
+            self._is_claimed = True
+        await self._end(failure)
+        if cancellation is not None:
+            raise cancellation
+
+    async def _requests_ended(self, around: set[Scope]) -> asyncio.CancelledError | None:
+        with _lock:
+            if self._requests <= around:
                 return None
+            self._around = around
             self._idle = asyncio.get_running_loop().create_future()
         cancellation = await outlast(self._idle, seconds=self.shutdown_timeout)
-        self._idle = None
-        if self._requests:
+        with _lock:
+            self._idle, self._around = None, set()
+            left = [] if self._holders else list(self._requests - around)
+        if left:
             logger.error(
                 "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
-                len(self._requests),
+                len(left),
                 self.shutdown_timeout,
-                ", ".join(sorted(map(str, self._requests))),
+                few(sorted(map(str, left))),
             )
-            tasks = [task for request in list(self._requests) if (task := request.give_up())]
+            tasks = [task for request in left if (task := request.give_up())]
             cancellation = await outlast(*tasks, seconds=self.teardown_timeout) or cancellation
         return cancellation
 
     def join(self, request: Scope) -> bool:
-        if self._holders:  # then it does not close just because the last request parts
-            self._requests.add(request)
-            return self.is_open
         with _lock:
-            if self.is_open:
+            if self.can_be_joined:
                 self._requests.add(request)
-            return self.is_open
+                return True
+            return False
+
+    def _part(self, request: Scope) -> bool:
+        """Whether the caller is to close it."""
+        with _lock:
+            self._requests.discard(request)
+            if (idle := self._idle) is not None:
+                closes = False  # who waits does that
+                if self._requests <= self._around:
+                    self._in_loop(set_done, idle)
+            else:
+                closes = not self._requests and self._claim()
+                if closes:
+                    _forget(self)
+        return closes
 
     async def part(self, request: Scope, *, by_sync_code: bool) -> None:
-        if self._holders and self._idle is None:
-            self._requests.discard(request)
-            return
-        with _lock:
-            self._requests.discard(request)
-            if self._requests:
-                return
-            if not self._holders:
-                _forget(self)
-            idle = self._idle
-        if idle is not None:
-            self._in_loop(set_done, idle)
-        elif not self._holders:
+        if self._part(request):
             if by_sync_code and self.loop is not None:
                 self._in_loop(self._close_later)
             else:
                 await self.close()
+
+    def part_soon(self, request: Scope) -> None:
+        """For code that cannot wait for the end of it."""
+        if self._part(request):
+            if self.loop is None:
+                run_without_loop(self.close())
+            else:
+                self._in_loop(self._close_later)
 
     def _in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
         if running_loop() is self.loop:
@@ -164,14 +215,15 @@ class LifespanScope(Scope):
             self.loop.call_soon_threadsafe(callback, *arguments)
 
     def _close_later(self) -> None:
-        self.owner = asyncio.create_task(self._close_abandoned(None))
+        self.owner = asyncio.create_task(self.close())
 
     def stay(self) -> None:
         """
         Outlive the requests: the server has no lifespan protocol to say when it
         ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
         """
-        self._holders += 1
+        with _lock:
+            self._holders += 1
         if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
         atexit.register(self._close_at_exit)
@@ -192,7 +244,7 @@ class LifespanScope(Scope):
             loop.run_until_complete(waiting)
 
     def _wait_for_the_end(self) -> None:
-        self.owner = self._context().run(asyncio.create_task, self._close_at_end())
+        self.owner = self.context().run(asyncio.create_task, self._close_at_end())
 
     async def _close_at_end(self) -> None:
         try:
@@ -205,17 +257,14 @@ class LifespanScope(Scope):
         with _lock:
             _forget(self)
 
-    def _context(self) -> Context:
-        return self._base.copy()
-
     def leave_to_parent(self) -> None:
         """
         In a process that was forked: what it holds is in use in the other one, and a
         connection, say, must neither be used from both nor be closed here.
         """
         atexit.unregister(self._close_at_exit)
-        _keep_for_ever((self.values, self.others, self.set_ups()))
-        self.values, self.others, self.pending, self.latched = {}, None, None, None
+        _keep_for_ever(list(self.records.values()))
+        self.records, self.ending = {}, None
         self._state = "closed"
         self.is_parents = True
 
@@ -262,7 +311,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
 
     def __init__(self) -> None:
         self._scope: LifespanScope | None = None
-        self._previous: Scope | SetUp | None = None
+        self._previous: Scope | Record | None = None
 
     async def __aenter__(self) -> Scope:
         scope = self._hold()
@@ -282,7 +331,8 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._leave().drop(exc)
+        scope, around = self._leave()
+        await scope.drop(exc, around)
 
     def __enter__(self) -> Scope:
         if running_loop() is not None:
@@ -303,7 +353,8 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave().drop_sync(exc)
+        scope, around = self._leave()
+        scope.drop_sync(exc, around)
 
     def _hold(self) -> "LifespanScope":
         if self._scope is not None:
@@ -312,10 +363,15 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         current.set(self._scope)
         return self._scope
 
-    def _leave(self) -> "LifespanScope":
+    def _leave(self) -> tuple[LifespanScope, list[Scope]]:
+        """The scope, and the requests in which this block stands: they cannot end before it."""
         scope, self._scope = self._scope, None
         assert scope is not None
         if current.get() is scope:
             current.set(self._previous)
-        self._previous = None
-        return scope
+        previous, self._previous = self._previous, None
+        around: list[Scope] = []
+        while previous is not None:
+            around.append(previous.scope)
+            previous = previous.scope.around
+        return scope, around

@@ -1,21 +1,39 @@
 """``override``: another factory, or a value, in a resource's place, in a test."""
 
+import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from scoped.core.declare import AsyncResource, SyncResource
+from asgiref.sync import iscoroutinefunction
+
+from scoped.core.declare import (
+    AsyncResource,
+    KeyedAsyncResource,
+    KeyedSyncResource,
+    SyncResource,
+    is_resource,
+)
 from scoped.core.errors import FactoryError
-from scoped.core.factory import Factory
+from scoped.core.factory import Factory, is_function
+from scoped.core.names import printable_repr
 from scoped.core.resource import Resource
 
 __all__ = ["overridden", "override"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_AnyResource = (
+    AsyncResource[Any]
+    | SyncResource[Any]
+    | KeyedAsyncResource[..., Any]
+    | KeyedSyncResource[..., Any]
+)
 
 # What stands in for what, the last one in force.
 _in_force: dict[Any, list[Resource[Any]]] = {}
@@ -33,20 +51,22 @@ class override:  # noqa: N801 (it is used as a function)
     the value itself. What a factory yields is torn down with the scope in which it was
     set up.
 
-    May be nested, the last one counts; undone also when the body raises. As a
-    decorator of a function or a coroutine function it holds during each call.
+    May be nested, the last one counts; undone also when the body raises. In the place
+    of a keyed resource a factory gets the arguments.
 
-    Raises TypeError where the first argument is no resource, FactoryError where
-    ``stand_in`` is async and the resource is not, or is no factory.
+    As a decorator of a function of any kind it holds during each call, and where that
+    gives a coroutine, a generator or a future, until this is done.
+
+    Raises TypeError where the first argument is no resource, and where it decorates no
+    function; FactoryError where ``stand_in`` is async and the resource is not, or is no
+    factory.
     """
 
-    def __init__(
-        self, resource: AsyncResource[Any] | SyncResource[Any], stand_in: object, /
-    ) -> None:
-        if not isinstance(getattr(resource, "resource", None), Resource):
+    def __init__(self, resource: _AnyResource, stand_in: object, /) -> None:
+        if not is_resource(resource):
             raise TypeError(
-                f"override() was given {resource!r} to replace. Give it what @request_scoped or "
-                "@lifespan_scoped has made."
+                f"override() was given {printable_repr(resource)} to replace. Give it what "
+                "@request_scoped or @lifespan_scoped has made."
             )
         self._access: Any = resource
         self._stand_in = stand_in
@@ -73,19 +93,29 @@ class override:  # noqa: N801 (it is used as a function)
                 del _in_force[self._access]
 
     def __call__(self, function: F) -> F:
-        if inspect.iscoroutinefunction(function):
-
-            @wraps(function)
-            async def call_async(*args: Any, **kwargs: Any) -> Any:
-                with override(self._access, self._stand_in):
-                    return await function(*args, **kwargs)
-
-            return cast(F, call_async)
+        if not callable(function) or inspect.isclass(function):
+            raise TypeError(
+                f"override() was put on {printable_repr(function)}. It decorates functions: put it "
+                "on each, or write `with override(...):`."
+            )
+        # A new one for each call: so what a factory yields is set up anew in each.
+        new = partial(override, self._access, self._stand_in)
+        for is_kind, _, during in _KINDS:
+            if is_kind(function):
+                return cast(F, during(new, function))
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with override(self._access, self._stand_in):
-                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                stack.enter_context(new())
+                result = function(*args, **kwargs)
+                if asyncio.isfuture(result):
+                    undo = stack.pop_all().close
+                    result.add_done_callback(lambda _: undo())
+                for _, is_result, during in _KINDS:
+                    if is_result(result):
+                        return during(new, lambda: result)()
+                return result
 
         return cast(F, call)
 
@@ -96,11 +126,70 @@ def overridden() -> list[Resource[Any]]:
         return [access.resource for access in _in_force]
 
 
-def _recipe(resource: Resource[Any], stand_in: object) -> Resource[Any]:
-    if inspect.isroutine(stand_in):
-        factory = Factory.of(stand_in)
+def _during_coroutine(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+    @wraps(function)
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        with new():
+            return await function(*args, **kwargs)
+
+    return coroutine
+
+
+def _during_generator(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+    @wraps(function)
+    def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        with new():
+            inner: Generator[Any, Any, Any] = function(*args, **kwargs)
+            return (yield from inner)
+
+    return generator
+
+
+def _during_async_generator(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+    @wraps(function)
+    async def async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        with new():
+            # As `yield from` does.
+            inner = function(*args, **kwargs)
+            step = inner.__anext__()
+            while True:
+                try:
+                    value = await step
+                except StopAsyncIteration:
+                    return
+                try:
+                    sent = yield value
+                except GeneratorExit:
+                    await inner.aclose()
+                    raise
+                except BaseException as error:
+                    step = inner.athrow(error)
+                else:
+                    step = inner.asend(sent)
+
+    return async_generator
+
+
+# Functions of a kind, what they return, and how an override holds until that is done.
+_KINDS: tuple[tuple[Callable[[Any], bool], Callable[[Any], bool], Callable[..., Any]], ...] = (
+    (iscoroutinefunction, inspect.iscoroutine, _during_coroutine),
+    (inspect.isgeneratorfunction, inspect.isgenerator, _during_generator),
+    (inspect.isasyncgenfunction, inspect.isasyncgen, _during_async_generator),
+)
+
+
+def _recipe(resource: Resource[Any], stand_in: Any) -> Resource[Any]:
+    keyed = resource.is_keyed
+    if is_function(stand_in):
+        factory = Factory.of(stand_in, keyed=keyed)
+        if is_resource(stand_in):
+            of = stand_in.resource.factory
+            factory = replace(
+                factory, name=of.name, declared_at=of.declared_at, function=of.function
+            )
     else:
-        factory = replace(Factory.of(lambda: stand_in), name=f"override of {resource.factory.name}")
+        factory = Factory.of(lambda *_: stand_in, keyed=keyed)
+        factory = replace(factory, name=f"override of {resource.factory.name}")
     if resource.factory.is_async and not factory.is_async:
         factory = _made_async(factory)
     elif factory.is_async and not resource.factory.is_async:
@@ -109,14 +198,14 @@ def _recipe(resource: Resource[Any], stand_in: object) -> Resource[Any]:
             f"is async and cannot stand in for {resource}, which is used without `await`",
             "Give it a sync factory, or a value.",
         )
-    return Resource(factory, resource.lifetime)
+    return Resource(factory, resource.lifetime, is_keyed=keyed)
 
 
 def _made_async(factory: Factory) -> Factory:
     start, finish = factory.start, factory.finish
 
-    def start_async() -> tuple[Any, Awaitable[Any]]:
-        generator, value = start()
+    def start_async(*key: Any) -> tuple[Any, Awaitable[Any]]:
+        generator, value = start(*key)
         return generator, _ready(value)
 
     return replace(factory, is_async=True, start=start_async, finish=finish)

@@ -1,113 +1,223 @@
-"""One attempt to set up one resource: who asked, who waits, and whether they go in a circle."""
+"""
+``Record``: one resource in one scope, from the start of its set-up to the end of its teardown::
+
+    STARTING ──complete──> HELD ──take──> ENDING ──gone──> GONE
+        └──────fail─────────────────────────────────────────┘
+
+``value`` is there, as a slot, exactly while the record is HELD. So the short way of an access,
+``scope.records[resource].value``, needs no look at the state; and to take the record is to
+``del record.value``: one step, which of several tasks and threads succeeds for one.
+"""
 
 import asyncio
 import threading
-from collections.abc import Mapping
-from threading import get_ident
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from scoped.core.errors import CircularResourceError
+from scoped.core.errors import CircularResourceError, set_traceback
+from scoped.core.waits import ForkSafeLock
 
 if TYPE_CHECKING:
+    from scoped.core.place import Keeper, Thread
     from scoped.core.resource import Resource
     from scoped.core.scope import Scope
 
-__all__ = ["Latch", "SetUp"]
+__all__ = [
+    "ENDING",
+    "GONE",
+    "HELD",
+    "STARTING",
+    "Latch",
+    "LoopLatch",
+    "Outcome",
+    "Record",
+    "next_number",
+]
+
+STARTING, HELD, ENDING, GONE = range(4)
+
+# The order of completion in this process, which threads may ask for at the same time.
+next_number = count(1).__next__
+
+# Held while a record's notes are made, which several threads of one factory may want to make.
+_lock = ForkSafeLock()
 
 
-class SetUp:
+class Record:
     """
-    While the factory runs, this is what the ContextVar holds in place of the
-    scope: so what its code and its child tasks ask for is known to be asked by it.
+    While its factory runs it is what the ContextVar holds in place of the scope: so what
+    the factory's code and its child tasks ask for is known to be asked by it.
     """
 
     __slots__ = (
-        *("asked_by", "done", "keeper", "latch", "needs", "resource", "scope", "uses", "waiters"),
+        *("generator", "needs", "number", "place", "resource", "scope", "state", "uses", "value"),
+        "waiters",
     )
 
-    # An access finds these, and takes the long way, which notes who asks.
+    number: int  # in the order of completion
+    value: Any
+
+    # An access that finds a record in place of a scope takes the long way, which notes who asks.
     loop: ClassVar[None] = None
     thread: ClassVar[int] = 0
     lifespan: ClassVar[None] = None
-    values: ClassVar[Mapping["Resource[Any]", Any]] = {}
+    records: ClassVar[Mapping["Resource[Any]", "Record"]] = {}
 
-    def __init__(
-        self, resource: "Resource[Any]", scope: "Scope", latch: "Latch | None" = None
-    ) -> None:
+    def __init__(self, resource: "Resource[Any]", scope: "Scope") -> None:
         self.resource = resource
         self.scope = scope
-        self.asked_by: Resource[Any] | None = None
-        self.done = False
-        self.keeper: asyncio.Task[None] | None = None
-        # What its factory waits for right now, and all that it has asked for.
-        self.needs: list[SetUp] | None = None
-        self.uses: list[Resource[Any]] | None = None
-        # Tasks that wait for it, where it is async; threads wait for the latch, where it is sync.
-        self.waiters: list[asyncio.Future[BaseException | None]] | None = None
-        self.latch = latch
+        self.state = STARTING
+        self.generator: Any = None
+        # Where the generator lives, if not with the scope's owner.
+        self.place: Keeper | Thread | None = None
+        # All that its factory has asked for in its own scope; what it waits for right now, by
+        # what waits. Noted on who asks: what lives long would else know every user it ever had.
+        self.uses: dict[Record, None] | None = None
+        self.needs: dict[object, Record] | None = None
+        # Who waits for its set-up, or for its end: futures of tasks, latches of threads.
+        self.waiters: dict[asyncio.Future[Any] | Latch, None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Record of {self.resource}, {_STATES[self.state]}>"
 
     @property
     def is_open(self) -> bool:
         return self.scope.is_open
 
-    def settle(self, error: BaseException | None = None) -> None:
-        """Tell those who wait. Keeps nothing: a stray task's Context may hold this for ever."""
-        self.done = True
-        self.keeper = None
-        if self.waiters is not None:
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(error)
-        if self.latch is not None:
-            latch, self.latch = self.latch, None
-            latch.error = error
-            latch.lock.release()
+    # Who waits
 
-    def use(self, resource: "Resource[Any]") -> None:
+    def wait(self, waiter: "asyncio.Future[Any] | Latch") -> None:
+        """To be told. Whoever waits looks at the state after this, so that nobody is missed."""
+        if self.waiters is None:
+            with _lock:
+                if self.waiters is None:
+                    self.waiters = {}
+        self.waiters[waiter] = None
+
+    def settle(self, outcome: "Outcome | None") -> None:
+        """Tell those who wait, after the state has changed; None: it has gone."""
+        if (waiters := self.waiters) is None:
+            return
+        for waiter in list(waiters):
+            try:
+                del waiters[waiter]  # whoever completes it and whoever takes it may come at once
+            except KeyError:
+                continue
+            if isinstance(waiter, Latch):
+                waiter.wake(outcome)
+            elif not waiter.done():
+                with suppress(RuntimeError):  # its event loop has ended, and so has who waits
+                    waiter.set_result(outcome)
+
+    def gone(self) -> None:
+        """Nothing is kept: the Context of a stray task may hold the record for ever."""
+        self.state = GONE
+        self.generator = self.place = self.uses = self.needs = None
+        self.settle(None)
+
+    # Who asks for what
+
+    def use(self, other: "Record") -> None:
         if self.uses is None:
-            self.uses = [resource]
-        else:
-            self.uses.append(resource)
+            with _lock:
+                if self.uses is None:
+                    self.uses = {}
+        self.uses[other] = None
 
-    def need_new(self, other: "SetUp") -> None:
-        """What has just begun can close no circle yet."""
+    def need(self, other: "Record", waiter: object) -> None:
+        """
+        Its factory waits for the other. Raises CircularResourceError where that one waits
+        for this; noted before the look, so that of two threads which close a circle one sees it.
+        """
         if self.needs is None:
-            self.needs = [other]
-        else:
-            self.needs.append(other)
-
-    def need(self, other: "SetUp") -> None:
-        # Noted before the look, so that of two threads closing a circle one sees it.
-        self.need_new(other)
-        if circle := _way(other, self, set()):
-            self.got(other)
+            with _lock:
+                if self.needs is None:
+                    self.needs = {}
+        self.needs[waiter] = other
+        if other.needs and (circle := other.way_to(self)):
+            self.needs.pop(waiter, None)
             raise CircularResourceError([step.resource for step in [self, *circle]])
 
-    def waits_for(self, other: "SetUp | None") -> bool:
-        return other is not None and _way(self, other, set()) is not None
-
-    def got(self, other: "SetUp") -> None:
+    def got(self, waiter: object) -> None:
         if self.needs is not None:
-            self.needs.remove(other)  # once: it may be needed in several child tasks
+            self.needs.pop(waiter, None)
+
+    def way_to(self, goal: "Record") -> "list[Record] | None":
+        """The records that wait for each other from this one to the goal, if they do."""
+        if self is goal:
+            return [self]
+        came_from: dict[Record, Record] = {}
+        ahead: list[Record] = [self]
+        while ahead:
+            here = ahead.pop()
+            for needed in list((here.needs or {}).values()):
+                if needed is self or needed in came_from:
+                    continue
+                came_from[needed] = here
+                if needed is goal:
+                    return list(_back(goal, self, came_from))[::-1]
+                ahead.append(needed)
+        return None
 
 
-def _way(start: SetUp, goal: SetUp, seen: set[SetUp]) -> list[SetUp] | None:
-    if start is goal:
-        return [start]
-    seen.add(start)
-    for needed in list(start.needs or ()):
-        if needed not in seen and (rest := _way(needed, goal, seen)):
-            return [start, *rest]
-    return None
+_STATES = ("STARTING", "HELD", "ENDING", "GONE")
+
+
+def _back(goal: Record, start: Record, came_from: dict[Record, Record]) -> Iterator[Record]:
+    step = goal
+    while step is not start:
+        yield step
+        step = came_from[step]
+    yield start
+
+
+class Outcome(NamedTuple):
+    """Of a set-up, for those who wait for it."""
+
+    value: Any = None
+    error: BaseException | None = None
+    # Who waits raises the error with this: else each of many would leave its frames on it.
+    traceback: TracebackType | None = None
+
+    def result(self) -> Any:
+        if self.error is None:
+            return self.value
+        set_traceback(self.error, self.traceback)
+        raise self.error
 
 
 class Latch:
-    """Lets threads wait for a sync set-up in another one."""
+    """Lets a thread wait."""
 
-    __slots__ = ("error", "lock", "thread")
+    __slots__ = ("__weakref__", "lock", "outcome")
 
     def __init__(self) -> None:
-        self.thread = get_ident()
-        self.error: BaseException | None = None
+        self.outcome: Outcome | None = None
         self.lock = threading.Lock()
         self.lock.acquire()
+
+    def wake(self, outcome: "Outcome | None") -> None:
+        self.outcome = outcome
+        self.lock.release()
+
+
+class LoopLatch(Latch):
+    """Lets an event loop wait for what another thread does."""
+
+    __slots__ = ("future",)
+
+    def __init__(self) -> None:
+        self.outcome = None
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def wake(self, outcome: "Outcome | None") -> None:  # noqa: ARG002
+        with suppress(RuntimeError):  # the event loop has ended
+            self.future.get_loop().call_soon_threadsafe(_set_done, self.future)
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

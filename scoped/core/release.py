@@ -1,183 +1,144 @@
 """
-Gives resources back before their scope closes: one, and what was set up with it.
+Gives resources back before their scope closes: one, and before it what has used it, in reverse
+order of completion. What nothing in it has to do with stays.
 """
 
-import asyncio
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from threading import get_ident
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from scoped.core.current import asker_here, current
 from scoped.core.errors import AsyncResourceError
-from scoped.core.scope import Scope, asker_here
-from scoped.core.teardown import Elsewhere, Keeper
-from scoped.core.waits import current_task, run_without_loop
+from scoped.core.record import ENDING, HELD, STARTING, Record
+from scoped.core.teardown import begin_end, raise_all, wait_for_others, wait_for_others_sync
+from scoped.core.waits import run_without_loop
 
 if TYPE_CHECKING:
     from scoped.core.resource import Resource
+    from scoped.core.scope import Scope
 
-__all__ = ["others_released", "release", "release_sync", "releasing"]
-
-
-class Release:
-    """Some of a scope is torn down while the scope stays open."""
-
-    __slots__ = ("over", "tasks")
-
-    def __init__(self, task: "asyncio.Task[Any]") -> None:
-        self.over: asyncio.Future[None] = task.get_loop().create_future()
-        self.tasks = [task]  # in which teardowns run
+__all__ = ["release", "release_sync"]
 
 
-async def release(scope: Scope, resource: "Resource[Any]") -> None:
+async def release(scope: "Scope", resource: "Resource[Any]") -> None:
     """
     Tear it down now, and before it what has used it. Raises as ``close()`` does,
     and AsyncResourceError where this is not the place: then nothing has changed.
     """
-    if not scope.is_open or not (resource in scope.values or scope.visible.releases):
+    if not scope.is_open or not (resource in scope.records or scope.ending):
         return
     scope.check_loop(resource)
     # One at a time: what two of them find they might tear down in any order.
-    await others_released(scope)
-    _check(scope, resource, in_loop=True)
-    with releasing(scope):
-        await _tear_down_users(scope, resource, in_loop=True)
+    await wait_for_others(scope)
+    if (wanted := _held(scope, resource)) is not None:
+        await _Release(wanted, in_loop=True).run()
 
 
-def release_sync(scope: Scope, resource: "Resource[Any]") -> None:
+def release_sync(scope: "Scope", resource: "Resource[Any]") -> None:
     """As ``release()``, from sync code, for what is sync and was set up in this thread."""
-    if not scope.is_open or resource not in scope.values:
+    if not scope.is_open or (wanted := _held(scope, resource)) is None:
         return
-    if _others(scope):
+    if not wait_for_others_sync(scope, 0):
         raise AsyncResourceError(
             resource,
             scope,
             "something else of its scope is being torn down right now",
             "Wait for that in async code, and release it then.",
         )
-    _check(scope, resource, in_loop=False)
-    run_without_loop(_tear_down_users(scope, resource, in_loop=False))
+    run_without_loop(_Release(wanted, in_loop=False).run())
 
 
-def _others(scope: Scope) -> list[Release]:
-    """Those under way, but for one that has led here: its teardown asks for another."""
-    releases = scope.visible.releases
-    if not releases:
-        return []
-    task = current_task()
-    return [release for release in releases if task is None or task not in release.tasks]
+def _held(scope: "Scope", resource: "Resource[Any]") -> Record | None:
+    record = scope.records.get(resource)
+    return record if record is not None and record.state == HELD and scope.is_open else None
 
 
-async def others_released(scope: Scope) -> None:
-    while others := _others(scope):
-        await asyncio.wait([release.over for release in others])
+class _Release:
+    def __init__(self, wanted: Record, *, in_loop: bool) -> None:
+        self.wanted = wanted
+        self.scope = wanted.scope
+        self.in_loop = in_loop
+        here = current.get()
+        # What is being torn down, and releases others by its own code.
+        self.released_by = here if isinstance(here, Record) and here.state == ENDING else None
 
+    async def run(self) -> None:
+        problems: list[BaseException] = []
+        self.check()  # before anything changes
+        for record in self.last_users_first(problems):
+            rest = begin_end(record, None, problems, self.released_by)
+            if rest is not None:
+                await rest
+        if problems:
+            raise_all(self.scope, problems)
 
-@contextmanager
-def releasing(scope: Scope) -> Generator[None, None, None]:
-    """While some of it is torn down: others wait for that."""
-    holder, task = scope.visible, asyncio.current_task()
-    assert task is not None
-    release = Release(task)
-    if holder.releases is None:
-        holder.releases = []
-    holder.releases.append(release)
-    try:
-        yield
-    finally:
-        holder.releases.remove(release)
-        release.over.set_result(None)
+    def last_users_first(self, problems: list[BaseException]) -> Iterator[Record]:
+        """
+        Takes them. Looks anew where anything has changed, for while one is torn down others may be
+        set up with what is still there.
+        """
+        scope, version = self.scope, -1
+        users: list[Record] = []
+        while self.wanted.state == HELD and scope.is_open:
+            if scope.version != version or not users:
+                if version >= 0:
+                    try:
+                        self.check()
+                    except AsyncResourceError as error:
+                        problems.append(error)
+                        return
+                version, users = scope.version, self.users()
+            if scope.take(record := users.pop()):
+                yield record
 
+    def users(self) -> list[Record]:
+        """What is to go when it goes, itself the first, in the order of completion."""
+        records = [one for one in list(self.scope.records.values()) if one.state == HELD]
+        records.sort(key=lambda record: record.number)
+        gone: set[Record] = {self.wanted}
+        for record in records:  # a user is complete after what it uses
+            if record.uses and not gone.isdisjoint(list(record.uses)):
+                gone.add(record)
+        return [record for record in records if record in gone]
 
-async def _tear_down_users(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
-    problems: list[BaseException] = []
-    for holder, user, other in _users_last_first(scope, resource, problems, in_loop=in_loop):
-        rest = holder.tear_down(user, other, None, problems)
-        if rest is not None:
-            await rest
-    if problems:
-        scope.raise_all(problems)
+    def check(self) -> None:
+        """Raises AsyncResourceError where this is not the place, or not the time."""
+        doomed = self.users()
+        for record in doomed:
+            self.check_place(record)
+        gone, asker = set(doomed), asker_here()
+        for record in list(self.scope.records.values()):
+            if (
+                record.state == STARTING
+                and record.uses
+                and not gone.isdisjoint(list(record.uses))
+                # A factory may release what it has used, itself or in a child task.
+                and not (asker is not None and record.way_to(asker) is not None)
+            ):
+                raise AsyncResourceError(
+                    self.wanted.resource,
+                    self.scope,
+                    f"{record.resource} is being set up with it right now",
+                    "Release it when that is done.",
+                )
 
-
-def _users_last_first(
-    scope: Scope, resource: "Resource[Any]", problems: list[BaseException], *, in_loop: bool
-) -> "Iterator[tuple[Scope, Resource[Any], Keeper | Elsewhere | None]]":
-    """
-    Takes them out. Looks anew each time, as while one is torn down others may be
-    set up with what is still there.
-    """
-    while users := _users_of(scope, resource):
-        try:
-            _check(scope, resource, in_loop=in_loop)
-        except AsyncResourceError as error:
-            problems.append(error)
+    def check_place(self, record: Record) -> None:
+        if record.generator is None:
             return
-        holder, user = users[-1]
-        try:
-            other = holder.take_out(user)
-        except KeyError:  # another thread has released it, since the look
-            continue
-        if holder.uses is not None:
-            holder.uses.pop(user, None)
-        yield holder, user, other
-        if user is resource:
-            return  # what is there now has been set up since: it was the first of them
-
-
-def _users_of(scope: Scope, resource: "Resource[Any]") -> "list[tuple[Scope, Resource[Any]]]":
-    """What is to go when it goes, itself included, in the order in which it was set up."""
-    if not scope.is_open:
-        return []
-    found: list[tuple[Scope, Resource[Any]]] = []
-    gone: set[Resource[Any]] = set()
-    for holder in scope.parts:
-        uses = holder.uses or {}
-        for one in list(holder.values):  # a user's set-up ends after that of what it uses
-            if one is resource or not gone.isdisjoint(uses.get(one, ())):
-                gone.add(one)
-                found.append((holder, one))
-    return found
-
-
-def _check(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
-    users = _users_of(scope, resource)
-    for holder, user in users:
-        _check_place(holder, user, in_loop=in_loop)
-    doomed, asker = {user for _, user in users}, asker_here()
-    for holder in scope.parts:
-        for set_up in holder.set_ups():
-            if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):
-                continue
+        if not self.in_loop and record.resource.factory.is_async:
             raise AsyncResourceError(
-                resource,
-                scope,
-                f"{set_up.resource} is being set up with it right now",
-                "Release it when that is done.",
+                record.resource,
+                self.scope,
+                "it is async, and uses what sync code is about to release",
+                "Release it first, with `await ....release()`.",
             )
-
-
-def _check_place(scope: Scope, resource: "Resource[Any]", *, in_loop: bool) -> None:
-    if not resource.factory.is_generator:
-        return
-    other = (scope.others or {}).get(resource)
-    if not in_loop and resource.factory.is_async:
-        raise AsyncResourceError(
-            resource,
-            scope,
-            "it is async, and uses what sync code is about to release",
-            "Release it first, with `await ....release()`.",
-        )
-    if isinstance(other, Elsewhere):
-        here = in_loop or other.thread == get_ident()
-    elif isinstance(other, Keeper):
-        here = True
-    else:
-        here = scope.thread == get_ident() and scope.owner is current_task()
-    if not here:
-        raise AsyncResourceError(
-            resource,
-            scope,
-            "what is torn down must be so where it was set up, and that is elsewhere",
-            "Release it in the task or thread that used it first: for what a view has used, in "
-            "the view itself.",
-        )
+        place = record.place
+        if not (
+            self.scope.is_owner_here() if place is None else place.is_here(in_loop=self.in_loop)
+        ):
+            raise AsyncResourceError(
+                record.resource,
+                self.scope,
+                "what is torn down must be so where it was set up, and that is elsewhere",
+                "Release it in the task or thread that used it first: for what a view has used, in "
+                "the view itself.",
+            )

@@ -1,240 +1,267 @@
 """
-Tears down one resource: in the task or thread that set it up, and in time. Most are
-over in one go and need no bound, so a teardown is watched from when it first suspends.
+The end of what a scope holds: one after the other, last complete first, whatever fails or is
+cancelled on the way. Problems are collected, and raised once.
 """
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Coroutine
-from contextvars import Context
+from collections.abc import Awaitable, Coroutine, Iterable
 from threading import get_ident
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from scoped.core.waits import hop, outlast
+from scoped.core import observer
+from scoped.core.current import current
+from scoped.core.errors import TeardownError, note
+from scoped.core.place import Keeper, Thread, begin_finish
+from scoped.core.record import ENDING, GONE, HELD, STARTING, Latch, LoopLatch, Record
+from scoped.core.waits import outlast
 
 if TYPE_CHECKING:
-    from scoped.core.resource import Resource
+    from scoped.core.resource import Lifetime
     from scoped.core.scope import Scope
 
-__all__ = ["Elsewhere", "Keeper", "finish", "finish_elsewhere", "finish_in_time"]
-
-logger = logging.getLogger("scoped")
-
-
-class Keeper:
-    """Tears down, in the task that set it up, what some other task than the owner asked for."""
-
-    __slots__ = ("generator", "task", "verdict")
-
-    def __init__(self, generator: Any) -> None:
-        self.generator = generator
-        task = asyncio.current_task()
-        assert task is not None
-        self.task: asyncio.Task[None] = task
-        self.verdict: asyncio.Future[BaseException | None] = task.get_loop().create_future()
+__all__ = [
+    "begin_end",
+    "end_all",
+    "raise_all",
+    "stop_set_ups",
+    "stop_set_ups_sync",
+    "wait_for_others",
+    "wait_for_others_sync",
+]
 
 
-class Elsewhere:
-    """Where a sync generator was started, if not by the owner."""
-
-    __slots__ = ("context", "generator", "thread")
-
-    def __init__(self, generator: Any, context: Context) -> None:
-        self.generator = generator
-        self.context = context
-        self.thread = get_ident()
-
-
-def finish(
-    resource: "Resource[Any]", scope: "Scope", generator: Any, failure: BaseException | None
-) -> Coroutine[Any, Any, None] | None:
-    """
-    Begin to tear it down, where its generator was started. Returns what is to be awaited
-    for the rest, if that was not all.
-    """
-    rest = resource.factory.finish(generator, failure)
-    return None if rest is None else finish_in_time(rest, resource, scope)
-
-
-def finish_elsewhere(
-    resource: "Resource[Any]",
-    scope: "Scope",
-    place: "Keeper | Elsewhere",
+def begin_end(
+    record: Record,
     failure: BaseException | None,
-) -> Coroutine[Any, Any, None]:
-    """Tear it down where its generator was started, if that is not here."""
-    if isinstance(place, Keeper):
-        return _finish_in_keeper(resource, scope, place, failure)
-    return _finish_in_thread(resource, scope, place, failure)
+    problems: list[BaseException],
+    released_by: Record | None = None,
+) -> Awaitable[None] | None:
+    """
+    Begin to tear down a record that has been taken. Returns what is to be awaited for the rest,
+    if that was not all. What it raises is added to the problems, a cancellation too.
+    """
+    if record.generator is None:
+        record.gone()
+        return None
+    scope = record.scope
+    began = 0.0 if observer.observer is None else perf_counter()
+    rest: Coroutine[Any, Any, None] | None
+    outer = None
+    try:
+        if record.place is not None:
+            rest = record.place.tear_down(record, failure)
+        else:
+            if scope.is_open:
+                # So that what its code releases, in child tasks too, is known to be asked by it.
+                outer = current.get()
+                current.set(record)
+            rest = begin_finish(record, scope, record.generator, failure)
+    except BaseException as error:
+        _restore(record, outer)
+        _ended(record, began, error, problems)
+        return None
+    if rest is None:
+        _restore(record, outer)
+        _ended(record, began, None, problems)
+        return None
+    return _end(record, rest, began, problems, (released_by, outer))
 
 
-async def _finish_in_keeper(
-    resource: "Resource[Any]", scope: "Scope", keeper: Keeper, failure: BaseException | None
+def _restore(record: Record, outer: "Scope | Record | None") -> None:
+    if outer is not None and current.get() is record:
+        current.set(outer)
+
+
+async def _end(
+    record: Record,
+    rest: Awaitable[None],
+    began: float,
+    problems: list[BaseException],
+    around: "tuple[Record | None, Scope | Record | None]",
 ) -> None:
-    if keeper.task is asyncio.current_task():  # it closes an abandoned scope
-        rest = finish(resource, scope, keeper.generator, failure)
-        if rest is not None:
+    released_by, outer = around
+    with record.scope.ending_now(record, released_by):
+        raised: BaseException | None = None
+        try:
             await rest
-        return
-    if not keeper.verdict.done():
-        keeper.verdict.set_result(failure)
-    for release in scope.visible.releases or ():
-        if asyncio.current_task() in release.tasks:
-            release.tasks.append(keeper.task)
-    await _finish_in_task(resource, scope, keeper.task)
+        except BaseException as error:
+            raised = error
+        finally:
+            _restore(record, outer)
+        _ended(record, began, raised, problems)
+        del raised
 
 
-async def _finish_in_thread(
-    resource: "Resource[Any]", scope: "Scope", elsewhere: Elsewhere, failure: BaseException | None
+def _ended(
+    record: Record, began: float, error: BaseException | None, problems: list[BaseException]
 ) -> None:
-    def finish_there() -> None:
-        elsewhere.context.run(resource.factory.finish, elsewhere.generator, failure)
-
-    if scope.sync_only or elsewhere.thread == get_ident():
-        finish_there()
-    else:
-        began = perf_counter()
-        # In a task, as asgiref drops what is cancelled before the thread gets to it. In
-        # time, as nothing ends a thread that hangs.
-        task = asyncio.create_task(hop(finish_there))
-        await _finish_in_task(resource, scope, task, scope.teardown_timeout)
-        _warn_if_slow(resource, scope, perf_counter() - began)
+    resource, scope = record.resource, record.scope
+    record.gone()
+    if error is not None:
+        if isinstance(error, Exception):
+            note(error, f"while {resource} was torn down")
+        problems.append(error)
+    if began and (told := observer.observer) is not None:
+        told.resource_torn_down(resource, scope, perf_counter() - began, error)
 
 
-async def _finish_in_task(
-    resource: "Resource[Any]",
+async def end_all(
     scope: "Scope",
-    task: "asyncio.Task[None]",
-    seconds: float | None = None,
+    lifetime: "Lifetime",
+    failure: BaseException | None,
+    problems: list[BaseException],
 ) -> None:
-    """Wait for the task in which it is torn down, whoever cancels this one meanwhile."""
-    cancellation: BaseException | None = await outlast(task, seconds=seconds)
-    error: BaseException | None = None
-    if not task.done():
-        task.add_done_callback(scope.log_late)
-        error = _timed_out(resource, scope.teardown_timeout)
-    elif task.cancelled():
-        cancellation = cancellation or asyncio.CancelledError()
-    else:
-        error = task.exception()
-    try:
-        if cancellation is not None:
-            if error is not None:
-                scope.log(error)
-            raise cancellation
-        if error is not None:
-            raise error
-    finally:
-        del cancellation, error
+    """Tear down what the scope holds that lives no longer than that, last complete first."""
+    # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
+    while held := [
+        record
+        for record in list(scope.records.values())
+        if record.state == HELD and record.resource.lifetime <= lifetime
+    ]:
+        if len(held) > 1:
+            held.sort(key=_number)
+        while held:
+            record = held.pop()
+            if scope.take(record):
+                rest = begin_end(record, failure, problems)
+                if rest is not None:
+                    await rest
 
 
-def _timed_out(resource: object, seconds: float) -> TimeoutError:
-    return TimeoutError(
-        f"{resource} took longer than {seconds:g} seconds to be torn down. "
-        'Make it faster, or raise SCOPED["TEARDOWN_TIMEOUT"].'
-    )
+def _number(record: Record) -> int:
+    return record.number
 
 
-def _warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
-    if seconds > scope.slow_teardown:
-        logger.warning("%s of %s took %.1f seconds to be torn down.", resource, scope, seconds)
+# Who is at work meanwhile
 
 
-async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope: "Scope") -> None:
+async def stop_set_ups(scope: "Scope", lifetime: "Lifetime") -> asyncio.CancelledError | None:
     """
-    Await the rest of a teardown. Bounded by the scope's ``teardown_timeout``: then
-    cancelled, and cancelled again each time that it has taken as long once more.
+    What is being set up in a keeper is cancelled; again only when its end has taken as long as a
+    teardown may. A thread that sets up finds out itself, and is waited for as long, where
+    it uses what would else be torn down under it.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    loop = task.get_loop()
-    watch, before = _watch_of(loop), task.cancelling()
-    began = loop.time()
-    watched = _Watched(task, resource, scope, began + scope.teardown_timeout)
-    watch.add(watched)
-    try:
-        await rest
-    except asyncio.CancelledError:
-        if not watched.overdue or task.cancelling() > before + watched.overdue:
-            raise  # somebody else's
-    finally:
-        del watch.teardowns[watched]
-        for _ in range(watched.overdue):
-            task.uncancel()
-    if watched.overdue:
-        raise _timed_out(resource, scope.teardown_timeout)
-    _warn_if_slow(resource, scope, loop.time() - began)
-
-
-class _Watched:
-    """A teardown under way in a task."""
-
-    __slots__ = ("due", "overdue", "resource", "scope", "task")
-
-    def __init__(
-        self, task: "asyncio.Task[Any]", resource: "Resource[Any]", scope: "Scope", due: float
-    ) -> None:
-        self.task = task
-        self.resource = resource
-        self.scope = scope
-        self.due = due
-        self.overdue = 0
-
-    def expire(self) -> None:
-        seconds = self.scope.teardown_timeout
-        self.overdue += 1
-        self.due += seconds
-        logger.error(
-            "%s of %s is still being torn down after %g seconds: cancelling that.",
-            self.resource,
-            self.scope,
-            seconds * self.overdue,
+    cancellation = None
+    here = current.get()
+    while keepers := [
+        record.place
+        for record in list(scope.records.values())
+        if record.state == STARTING
+        and isinstance(record.place, Keeper)
+        and not record.place.is_over
+        and record.resource.lifetime <= lifetime
+        and not _leads_to(record, here)
+    ]:
+        for keeper in keepers:
+            keeper.cancel()
+        tasks = [keeper.task for keeper in keepers]
+        cancellation = (
+            await outlast(*filter(None, tasks), seconds=scope.teardown_timeout) or cancellation
         )
-        self.task.cancel()
+        for keeper in keepers:
+            keeper.is_unwanted = False  # it has had its time: once more
+    deadline = monotonic() + scope.teardown_timeout
+    while records := _in_threads(scope, lifetime):
+        latch = LoopLatch()
+        records[0].wait(latch)
+        if records[0].state == STARTING:
+            seconds = max(0, deadline - monotonic())
+            cancellation = await outlast(latch.future, seconds=seconds) or cancellation
+            if not latch.future.done():
+                break
+    return cancellation
 
 
-class _Watch:
-    """
-    Cancels those of an event loop's teardowns that take too long. One timer
-    serves them all: one for each would cost as much as a whole small scope.
-    """
-
-    __slots__ = ("loop", "teardowns", "timer")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.teardowns: dict[_Watched, None] = {}
-        self.timer: asyncio.TimerHandle | None = None
-
-    def add(self, teardown: _Watched) -> None:
-        self.teardowns[teardown] = None
-        if self.timer is None or self.timer.when() > teardown.due:
-            self.set_timer(teardown.due)
-
-    def set_timer(self, due: float) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        # In a Context of its own, or it would keep somebody's alive.
-        self.timer = self.loop.call_at(due, self.look, context=Context())
-
-    def look(self) -> None:
-        self.timer, now = None, self.loop.time()
-        for teardown in list(self.teardowns):
-            if teardown.due <= now:
-                teardown.expire()
-        if self.teardowns:
-            self.set_timer(min(teardown.due for teardown in self.teardowns))
+def stop_set_ups_sync(scope: "Scope", lifetime: "Lifetime") -> None:
+    """As above, in sync code, where no task can be at work."""
+    deadline = monotonic() + scope.teardown_timeout
+    while records := _in_threads(scope, lifetime):
+        latch = Latch()
+        records[0].wait(latch)
+        if records[0].state == STARTING and not latch.lock.acquire(
+            timeout=max(0, deadline - monotonic())
+        ):
+            break
 
 
-_watches: dict[asyncio.AbstractEventLoop, _Watch] = {}
+def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
+    """Sync set-ups under way in other threads that use what the scope holds."""
+    here = current.get()
+    return [
+        record
+        for record in list(scope.records.values())
+        if record.state == STARTING
+        and record.uses
+        and isinstance(record.place, Thread)
+        and record.place.ident != get_ident()
+        and record.resource.lifetime <= lifetime
+        and not _leads_to(record, here)
+        and any(used.state in (HELD, STARTING) for used in list(record.uses))
+    ]
 
 
-def _watch_of(loop: asyncio.AbstractEventLoop) -> _Watch:
+def _leads_to(record: Record, here: object) -> bool:
+    """Whether the code at hand is a part of it, or it waits for that."""
+    return isinstance(here, Record) and record.way_to(here) is not None
+
+
+def _others_ending(scope: "Scope") -> list[Record]:
+    """What is being torn down, but for what has led here: its own code asks."""
+    if not (ending := scope.ending):
+        return []
+    here = current.get()
+    mine: set[Record] = set()
+    while isinstance(here, Record) and here not in mine:
+        mine.add(here)
+        here = ending.get(here)
+    return [record for record in list(ending) if record not in mine and record.state == ENDING]
+
+
+async def wait_for_others(scope: "Scope") -> None:
+    """Until nothing else of the scope is being torn down."""
+    while others := _others_ending(scope):
+        latch = LoopLatch()
+        others[0].wait(latch)
+        if others[0].state != GONE:
+            try:
+                await latch.future
+            finally:
+                if (waiters := others[0].waiters) is not None:
+                    waiters.pop(latch, None)
+
+
+def wait_for_others_sync(scope: "Scope", seconds: float) -> bool:
+    """As above, in sync code, which does not wait longer than that. Returns whether all is over."""
+    deadline = monotonic() + seconds
+    while others := _others_ending(scope):
+        latch = Latch()
+        others[0].wait(latch)
+        if others[0].state != GONE and not latch.lock.acquire(
+            timeout=max(0, deadline - monotonic())
+        ):
+            return False
+    return True
+
+
+# What is raised
+
+
+def raise_all(scope: "Scope", problems: Iterable[BaseException]) -> NoReturn:
+    """A reason to stop bare, if there is one; else the errors, as a group."""
+    errors: list[Exception] = []
+    fatal: BaseException | None = None
+    for problem in problems:
+        if isinstance(problem, Exception):
+            errors.append(problem)
+        # The later one counts, but no cancellation hides a KeyboardInterrupt.
+        elif fatal is None or isinstance(fatal, asyncio.CancelledError):
+            fatal = problem
     try:
-        return _watches[loop]
-    except KeyError:
-        for other in list(_watches):  # here, as nobody tells us when a loop ends
-            if other.is_closed():
-                _watches.pop(other, None)
-        return _watches.setdefault(loop, _Watch(loop))
+        if fatal is None:
+            raise TeardownError(scope, errors)
+        if errors:
+            scope.log(TeardownError(scope, errors))
+        raise fatal
+    finally:
+        del fatal, errors, problems

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -96,28 +97,50 @@ def set_done(future: "asyncio.Future[None]") -> None:
 
 async def hop(work: Callable[[], None]) -> None:
     """
-    Run it in the thread for sync code; and see to it that it is run, though this
-    task is cancelled, or a cancelled ``async_to_sync()`` has left its executor,
-    which has ended, behind in the Context.
+    Run it in the thread for sync code, once; and see to it that it is run, whoever cancels
+    this task meanwhile. A cancellation is raised when it is done.
     """
-    begun, cancellation = False, None
+    # In a task, which nobody cancels: asgiref drops what a cancelled one's thread has not got to.
+    task = asyncio.create_task(_hop(work))
+    cancellation: BaseException | None = await outlast(task)
+    try:
+        if task.cancelled() or (error := task.exception()) is None:
+            if cancellation is not None:
+                raise cancellation
+            return
+        raise error
+    finally:
+        del cancellation
+
+
+async def _hop(work: Callable[[], None]) -> None:
+    claims = [work]  # whoever takes it does it: asgiref may be asked twice, and may do both
+    done: Future[None] = Future()
 
     def run() -> None:
-        nonlocal begun
-        begun = True
-        work()
+        try:
+            claimed = claims.pop()
+        except IndexError:
+            return
+        try:
+            claimed()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
-    while not begun:
+    while claims:
         try:
             await sync_to_async(run)()
-        except asyncio.CancelledError as error:
-            cancellation = error  # asgiref drops what the thread has not got to
+        except asyncio.CancelledError:
+            continue  # of this very task: not before it is done
         except RuntimeError:
-            if begun or getattr(AsyncToSync.executors, "current", None) is None:
+            # A cancelled async_to_sync() has left its executor, which has ended, in the Context.
+            if getattr(AsyncToSync.executors, "current", None) is None:
                 raise
             AsyncToSync.executors.current = None
-    if cancellation is not None:
-        raise cancellation
+    await outlast(asyncio.wrap_future(done))
+    done.result()
 
 
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:

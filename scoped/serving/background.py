@@ -9,9 +9,11 @@ from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
+from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope
-from scoped.core.scope import Scope, scope_here
+from scoped.core.scope import Scope
 from scoped.core.waits import hop, running_loop
 from scoped.serving.threads import LentThread, tidy
 
@@ -38,7 +40,7 @@ class _BackgroundScope(RequestScope):
 
 
 def _name_of(coroutine: Coroutine[Any, Any, object]) -> str:
-    return getattr(coroutine, "__qualname__", None) or repr(coroutine)
+    return getattr(coroutine, "__qualname__", None) or printable_repr(coroutine)
 
 
 def spawn(
@@ -61,7 +63,7 @@ def spawn(
             f"spawn() was called for {_name_of(coroutine)} where no event loop runs. Call it from "
             "async code, or through `async_to_sync` from a sync view served over ASGI."
         )
-    name = _name_of(coroutine) if name is None else name
+    name = printable(_name_of(coroutine) if name is None else str(name))
     scope = _BackgroundScope(f"the background task {name}")
     context = copy_context()
     # Open from now on, so that a shutdown which begins before its first step waits for it.
@@ -104,7 +106,9 @@ async def _run(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object], 
         thread.give_back()
     try:
         if isinstance(failure, Exception):
-            logger.error("The background task %s failed: %r", name, failure, exc_info=failure)
+            logger.error(
+                "The background task %s failed: %s", name, printable_repr(failure), exc_info=failure
+            )
         elif failure is not None:
             raise failure
     finally:

@@ -18,8 +18,8 @@ from django.db import close_old_connections, reset_queries
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
+from scoped.core.current import scope_here
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import hop, outlast, wake
 from scoped.dispatch import (
     Outcome,

@@ -12,9 +12,9 @@ from django.conf import settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import response_for_exception
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
 from scoped.serving.receivers import note_failure
 

@@ -20,9 +20,10 @@ from django.core.signals import got_request_exception, request_finished, request
 from django.db import close_old_connections
 from django.dispatch import Signal
 
+from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
+from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
-from scoped.core.scope import scope_here
 from scoped.core.waits import run_without_loop
 from scoped.serving.threads import tidiers
 
@@ -134,7 +135,7 @@ def open_foreign(
     if sender in _our_handlers:
         return
     if environ is not None:
-        name = _name(environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/")
+        name = _name(environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO") or "/"))
         _ForeignScope(name, sender).open(sync_only=True)
     elif scope is not None and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
@@ -169,5 +170,12 @@ def _request_failed(**kwargs: Any) -> None:
         note_failure(failure)
 
 
+def _path(of_wsgi: str) -> str:
+    """WSGI has its bytes as Latin-1 (PEP 3333)."""
+    if of_wsgi.isascii():
+        return of_wsgi
+    return of_wsgi.encode("latin-1", "replace").decode(errors="backslashreplace")
+
+
 def _name(method: str, path: str) -> str:
-    return f"the request {method} {path}"
+    return printable(f"the request {method} {path}")

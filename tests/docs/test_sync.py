@@ -274,7 +274,7 @@ async def another_thread(user):
     ],
 )
 async def test_it_says_what_the_table_says(number, how, monkeypatch):
-    monkeypatch.setattr("scoped.core.scope._LOOP_PATIENCE", 0.01)
+    monkeypatch.setattr("scoped.core.first_use._PATIENCE", 0.01)
 
     @request_scoped
     async def user():

@@ -10,10 +10,12 @@ import pytest
 from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
 from scoped.testing import override
 from tests import pages
+from tests.slowness import within
 
 PAGE = pages.DOCS / "testing.md"
 ASYNC = ("testing.md", "Tests")
 SYNC = ("testing.md", "Sync tests")
+FIXTURES = ("testing.md", "Fixtures of pytest's")
 DJANGO = ("testing.md", "Django's TestCase")
 STAYS = ("testing.md", "What stays set up")
 ROOT = Path(__file__).parents[2]
@@ -117,7 +119,7 @@ def run(folder, *arguments):
         },
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=within(50),
         check=False,
     )
 
@@ -134,6 +136,29 @@ def test_the_tests_of_the_page_pass_in_a_project(tmp_path):
     outcome = run(tmp_path)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert "14 passed" in outcome.stdout, outcome.stdout
+
+
+REAL = (
+    RESOURCES.replace('raise OSError("no server in tests")\n    yield', "yield Pool()")
+    + """
+
+class Pool:
+    async def fetchval(self, query):
+        return 3
+"""
+)
+
+
+def test_the_fixtures_of_the_page(tmp_path):
+    files = {"settings.py": SETTINGS, "resources.py": REAL, "views.py": VIEWS, "urls.py": URLS}
+    files |= pages.files(PAGE, FIXTURES[1])
+    files["conftest.py"] = SETUP + files["conftest.py"]
+    [files["pyproject.toml"]] = pages.blocks(PAGE, ASYNC[1], "toml")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    outcome = run(tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "2 passed" in outcome.stdout, outcome.stdout
 
 
 SHARED = """\

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 
 from demo.servers import Server, start_postgres, start_redis
 from tests.faults.proxy import Proxy, proxy
+from tests.slowness import within
 from tests.uvicorn import Server as Uvicorn
 from tests.uvicorn import uvicorn
 
@@ -26,12 +27,12 @@ T = TypeVar("T")
 
 # Seconds after which a request counts as one that hangs. All timeouts of the site together are
 # shorter; the rest is for a machine that is busy.
-HANGS = 15.0
+HANGS = within(15.0)
 
 
 async def eventually(attempt: Callable[[], Awaitable[T]], seconds: float = 20) -> T:
     """What ``attempt`` returns, tried until it raises no AssertionError."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + within(seconds)
     while True:
         try:
             return await attempt()

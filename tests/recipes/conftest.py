@@ -12,6 +12,7 @@ from scoped.asgi import ScopedASGIHandler
 from tests.connection import Connection
 from tests.pages import importer
 from tests.recipes import pages
+from tests.slowness import within
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ async def backends(postgres_url):
         )
 
     async def reach(number, condition="true"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(within(20)):
             while await count(condition) != number:
                 await asyncio.sleep(0.01)
 

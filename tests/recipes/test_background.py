@@ -12,6 +12,9 @@ ASYNCPG = ("postgresql.md", "asyncpg")
 SYNC = ("background.md", "Celery with sync resources")
 ASYNC = ("background.md", "Celery with async resources")
 TASKS = ("background.md", "django.tasks")
+TASKIQ = ("background.md", "taskiq")
+DRAMATIQ = ("background.md", "dramatiq")
+HUEY = ("background.md", "huey")
 COMMAND = ("background.md", "Management commands")
 
 
@@ -182,3 +185,95 @@ async def test_a_management_command(recipe, notes, backends, monkeypatch):
         await asyncio.to_thread(call_command, command, "three", "\0", "four")
     assert await notes() == ["one", "two", "three"]
     await backends.reach(before)
+
+
+# Each of these runs a task as its worker does. `None` is refused by the table: the task fails.
+
+
+async def test_taskiq(recipe, notes, backends):
+    project = recipe(ASYNCPG, TASKIQ)
+    tasks = project.tasks
+    before = await backends()
+    await tasks.broker.startup()  # a broker in memory is its own worker
+    for text, failed in [("one", False), (None, True), ("two", False)]:
+        sent = await tasks.post.kiq(text)
+        assert (await sent.wait_result(timeout=20)).is_err is failed
+        pool = await project.resources.pool()
+        assert pool.get_idle_size() == pool.get_size() == 1
+    await tasks.broker.shutdown()
+    assert pool.is_closing()
+    assert await notes() == ["one", "two"]
+    await backends.reach(before)
+
+
+async def test_dramatiq(recipe, notes, backends, keys):
+    import dramatiq
+
+    project = recipe(ASYNCPG, DRAMATIQ)
+    tasks, pools, ended = project.tasks, [], []
+
+    @dramatiq.actor(max_retries=0)
+    async def look():
+        pools.append(await project.resources.pool())
+
+    class Ended(dramatiq.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            ended.append(exception)
+
+    before = await backends()
+    tasks.broker.add_middleware(Ended())
+    tasks.broker.flush_all()
+    worker = dramatiq.Worker(tasks.broker, worker_timeout=100, worker_threads=1)
+    worker.start()
+    try:
+        for number, send in enumerate(
+            [
+                lambda: tasks.post.send("one"),
+                lambda: tasks.post.send(None),
+                lambda: tasks.post.send("two"),
+                look.send,
+                look.send,
+            ],
+            1,
+        ):
+            await asyncio.to_thread(send)
+            async with asyncio.timeout(20):
+                while len(ended) < number:
+                    await asyncio.sleep(0.01)
+    finally:
+        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(tasks.broker.flush_all)
+        tasks.broker.close()
+        tasks.broker.client.close()
+        dramatiq.broker.global_broker = None
+    assert [type(error).__name__ for error in ended] == [
+        "NoneType",
+        "NotNullViolationError",
+        "NoneType",
+        "NoneType",
+        "NoneType",
+    ]
+    [pool] = set(pools)
+    assert pool.is_closing()
+    assert await notes() == ["one", "two"]
+    await backends.reach(before)
+
+
+async def test_huey(recipe, notes, backends, keys):
+    project = recipe(SYNC, HUEY)
+    tasks = project.tasks
+    before = await backends()
+
+    def work():
+        outcomes = []
+        for text in ["one", None, "two"]:
+            tasks.post(text)
+            task = tasks.huey.dequeue()  # as its consumer does
+            outcomes.append(tasks.huey.execute(task))
+        return outcomes
+
+    await asyncio.to_thread(work)
+    assert await notes() == ["one", "two"]
+    await backends.reach(before)
+    tasks.huey.flush()
+    tasks.huey.storage.conn.close()

@@ -75,12 +75,12 @@ async def test_it_is_turned_by_a_database_that_is_away_and_back_again(
         monkeypatch.setenv("DATABASE_URL", server.url)
         project = recipe(HEALTH)
         monkeypatch.setattr(project.resources, "EVERY", 0.05)
-        monkeypatch.setattr(project.resources, "PATIENCE", 1)
+        monkeypatch.setattr(project.resources, "PATIENCE", 3)
 
         async def reach(site, status):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(25):
                 while (await site.get("/health")).status != status:
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.05)
 
         async with serve(path("health", project.views.healthy)) as site:
             await reach(site, 200)
@@ -88,4 +88,4 @@ async def test_it_is_turned_by_a_database_that_is_away_and_back_again(
             await reach(site, 503)
             await asyncio.to_thread(server.restart)
             await reach(site, 200)
-    assert "The database is away: Connection" in caplog.text
+    assert "The database is away: " in caplog.text

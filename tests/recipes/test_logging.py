@@ -1,17 +1,23 @@
 import asyncio
+import io
 import json
+import logging
+import logging.config
+import re
 
 import pytest
 import structlog
+from asgiref.sync import sync_to_async
 from django.core.signals import request_finished, request_started
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
 from structlog.contextvars import bind_contextvars
 
-from scoped import lifespan_scoped
+from scoped import lifespan_scoped, request_scoped
 from scoped.asgi import ScopedASGIHandler
 
 STRUCTLOG = ("logging.md", "structlog")
+LOGGING = ("logging.md", "logging")
 
 
 @pytest.fixture
@@ -160,3 +166,91 @@ async def test_a_lifespan_resource_logs_nothing_of_a_request(project, serve, lin
         {"event": "opened"},
         {"event": "closed"},
     ]
+
+
+# logging
+
+
+@pytest.fixture
+def logs(recipe):
+    project = recipe(LOGGING)
+    yield project
+    assert request_started.disconnect(project.logs.start, sender=ScopedASGIHandler)
+
+
+@request_scoped
+async def db():
+    logging.getLogger("db").info("set up")
+    try:
+        yield
+    finally:
+        logging.getLogger("db").info("torn down")
+
+
+@lifespan_scoped
+async def pool():
+    logging.getLogger("pool").info("set up")
+    yield
+
+
+@pytest.fixture
+def written(logs):
+    """The lines that the page's handler writes."""
+    before, level = logging.root.handlers[:], logging.root.level
+    logging.config.dictConfig(logs.settings.LOGGING)
+    [handler] = logging.root.handlers
+    handler.setStream(io.StringIO())
+    yield lambda: handler.stream.getvalue().splitlines()
+    logging.root.handlers[:] = before
+    logging.root.setLevel(level)
+    handler.close()
+
+
+@pytest.mark.parametrize("end", ["well", "fails", "client gone"])
+async def test_every_line_of_a_request_has_its_id(written, serve, end):
+    reached = asyncio.Event()
+
+    async def view(request):
+        logging.getLogger("view").info("begins")
+        await pool()
+        await asyncio.create_task(db())
+        await sync_to_async(logging.getLogger("thread").info)("in a thread")
+
+        async def body():
+            yield "1"
+            logging.getLogger("body").info("streams")
+            reached.set()
+            if end == "fails":
+                raise ValueError
+            if end == "client gone":
+                await asyncio.Event().wait()
+
+        return StreamingHttpResponse(body())
+
+    async with serve(path("", view)) as site:
+        connection = site.open("/", headers=[(b"x-request-id", b"given-7")])
+        task = connection.start()
+        await reached.wait()
+        if end == "client gone":
+            connection.disconnect()
+        await asyncio.wait([task])
+        task.exception()
+    lines = written()
+    assert [line for line in lines if line.endswith(": set up")] == [
+        "- INFO pool: set up",
+        "given-7 INFO db: set up",
+    ]
+    for line in ["view: begins", "thread: in a thread", "body: streams", "db: torn down"]:
+        assert f"given-7 INFO {line}" in lines
+
+
+@pytest.mark.parametrize("given", [b"", b"a\nb", b"x" * 65, "ä".encode("latin-1")])
+async def test_an_id_that_could_forge_a_line_is_replaced(written, serve, given):
+    async def view(request):
+        logging.getLogger("view").info("begins")
+        return HttpResponse()
+
+    async with serve(path("", view)) as site:
+        await site.get("/", headers=[(b"x-request-id", given)] if given else [])
+    [line] = [line for line in written() if "begins" in line]
+    assert re.fullmatch("[0-9a-f]{32} INFO view: begins", line)

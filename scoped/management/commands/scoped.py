@@ -37,7 +37,7 @@ def _row(resource: Resource[Any]) -> dict[str, Any]:
     code = getattr(factory.function, "__code__", None)
     return {
         "name": factory.name,
-        "lifetime": resource.lifetime.value,
+        "lifetime": str(resource.lifetime),
         "kind": factory.kind,
         "eager": any(access.resource is resource for access in eager),
         "file": path_from_here(Path(code.co_filename)) if code else None,

@@ -1,0 +1,59 @@
+"""
+Scopes whose owner has gone without closing them: a fixture's, say, or a lifespan that nobody holds.
+Their keepers would wait for ever when the event loop ends, so a guard closes them then.
+"""
+
+import asyncio
+from contextvars import Context
+from typing import TYPE_CHECKING
+
+from scoped.core.waits import set_done
+
+if TYPE_CHECKING:
+    from scoped.core.scope import Scope
+
+__all__ = ["dismiss", "watch_over"]
+
+# What a guard waits for, by the scope that it closes at the event loop's end.
+_guards: "dict[Scope, asyncio.Future[None]]" = {}
+_closing: "set[asyncio.Task[None]]" = set()
+
+
+def watch_over(scope: "Scope") -> None:
+    """To be called where a keeper begins to wait: from then on the event loop's end matters."""
+    if scope in _guards or not scope.is_open:
+        return
+    if (owner := scope.owner) is None or owner.done():
+        _post(scope)
+    else:
+        owner.add_done_callback(lambda _: watch_over(scope), context=Context())
+
+
+def dismiss(scope: "Scope") -> None:
+    if _guards and (over := _guards.pop(scope, None)) is not None:
+        loop = over.get_loop()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(set_done, over)
+
+
+def _post(scope: "Scope") -> None:
+    over = _guards[scope] = asyncio.get_running_loop().create_future()
+    # Nobody knows of this task: so whoever cancels it cancels all, for the event loop ends.
+    task = Context().run(asyncio.create_task, _guard(scope, over))
+    task.add_done_callback(lambda task: _ended(scope, task), context=Context())
+
+
+async def _guard(scope: "Scope", over: "asyncio.Future[None]") -> None:
+    try:
+        await over
+    except asyncio.CancelledError as error:
+        await scope.close_abandoned(error)
+
+
+def _ended(scope: "Scope", task: "asyncio.Task[None]") -> None:
+    if task.cancelled():  # before its first step
+        closing = task.get_loop().create_task(scope.close_abandoned(asyncio.CancelledError()))
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+    elif (error := task.exception()) is not None:
+        scope.log(error)

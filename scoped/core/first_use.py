@@ -1,0 +1,393 @@
+"""
+First use: a resource is set up once, by whoever comes first; the others wait, and are told.
+
+The scope's *owner* task runs an async factory inline: no task, no hop. Asked for in any other
+task, it runs in a keeper. A sync factory runs in the thread that asks.
+"""
+
+import asyncio
+from threading import get_ident
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from asgiref.sync import AsyncToSync
+
+from scoped.core import observer
+from scoped.core.current import asker_here, current
+from scoped.core.errors import (
+    AsyncResourceError,
+    CircularResourceError,
+    ScopeClosedError,
+    ScopedError,
+    note,
+)
+from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
+from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
+from scoped.core.resource import Lifetime
+from scoped.core.waits import running_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from contextvars import Context
+
+    from scoped.core.resource import Resource
+    from scoped.core.scope import Scope
+
+__all__ = ["get", "get_nowait", "get_sync"]
+
+# Seconds for which somebody waits whose thread the set-up may itself be waiting for: sync code in
+# the event loop's thread for another thread, sync code in a thread for the event loop.
+_PATIENCE = 10.0
+
+
+def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]":
+    """For ``await``: the value of an async resource, set up now if need be."""
+    if (
+        scope.owns_set_ups
+        and resource not in scope.records
+        and scope.owner is asyncio.current_task()
+        and scope.takes(resource)
+    ):
+        here = current.get()
+        if here is scope:  # the most frequent case by far, and all that begin() would do in it
+            record = scope.records[resource] = Record(resource, scope)
+            return _set_up(record)
+    return _get(scope, resource)
+
+
+async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
+    asker = asker_here()
+    while True:
+        scope.check_loop(resource)
+        record, is_new = scope.begin(resource, asker)
+        if not is_new:
+            try:
+                return record.value
+            except AttributeError:
+                pass
+        if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():
+            return await _set_up_needed(record, asker)
+        outcome = await _wait(record, asker, is_new)
+        if outcome is not None and _is_for(outcome, record, is_new):
+            try:
+                return outcome.result()
+            finally:
+                del outcome  # no cycle of its error and this frame
+
+
+def _is_for(outcome: Outcome, record: Record, is_new: bool) -> bool:
+    """Whether who waits has that outcome; else it tries again, which tells where a scope closes."""
+    if outcome.error is None:
+        return record.scope.is_open or record.state == HELD
+    # Innocent of a cancellation are those who did not start the set-up.
+    if not is_new and not isinstance(outcome.error, Exception):
+        return False
+    return record.scope.is_open or isinstance(outcome.error, ScopeClosedError)
+
+
+async def _set_up_needed(record: Record, asker: Record | None) -> Any:
+    if asker is None:
+        return await _set_up(record)
+    asker.need(record, record)
+    try:
+        return await _set_up(record, asker.resource)
+    finally:
+        asker.got(record)
+
+
+async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome | None:
+    """Wait for its set-up, which is handed to a keeper where it is new. Returns its outcome."""
+    waiter: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
+    if asker is not None:
+        try:
+            asker.need(record, waiter)
+        except CircularResourceError as error:
+            if not _is_of_another_task(asker):
+                if is_new:
+                    record.scope.fail(record, error)
+                raise
+            asker = None  # it only shares the Context, and so is no part of that set-up
+    timer: asyncio.TimerHandle | None = None
+    record.wait(waiter)
+    try:
+        if is_new:
+            record.place = keeper = Keeper(record)
+            asked_by = None if asker is None else asker.resource
+            keeper.start(lambda new: _set_up(new, asked_by), record.scope.context())
+        elif record.state != STARTING and not waiter.done():
+            return None
+        elif getattr(AsyncToSync.executors, "current", None) is not None:
+            # Sync code waits for this task, in a thread that the set-up may need.
+            timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)
+        return await waiter
+    finally:
+        if record.waiters is not None:
+            record.waiters.pop(waiter, None)
+        if asker is not None:
+            asker.got(waiter)
+        if timer is not None:
+            timer.cancel()
+        if not record.waiters and record.state == STARTING and isinstance(record.place, Keeper):
+            record.place.cancel()  # nobody wants it any more
+
+
+def _give_up(record: Record, waiter: "asyncio.Future[Any]") -> None:
+    if not waiter.done():
+        error = AsyncResourceError(
+            record.resource,
+            record.scope,
+            f"another task has been setting it up for {_PATIENCE:g} seconds, and may be "
+            "waiting for the thread in which sync code waits for it here",
+            "Await it in async code before, in the view or in a middleware, say; sync code "
+            "then has it at once.",
+        )
+        waiter.set_result(Outcome(None, error))
+
+
+def _is_of_another_task(asker: Record) -> bool:
+    """
+    Two tasks may share one Context (``create_task(context=...)``). Then what one's factory
+    has left in the ContextVar says nothing of the other.
+    """
+    task = asyncio.current_task()
+    keeper = asker.place.task if isinstance(asker.place, Keeper) else asker.scope.owner
+    contexts = [getattr(one, "get_context", lambda: None)() for one in (task, keeper)]
+    return task is not keeper and contexts[0] is not None and contexts[0] is contexts[1]
+
+
+async def _set_up(record: Record, asked_by: "Resource[Any] | None" = None) -> Any:
+    """An async factory, here: in the owner's task, or in a keeper's."""
+    scope = record.scope
+    began = 0.0 if observer.observer is None else perf_counter()
+    outer = current.get()
+    current.set(record)
+    try:
+        generator, coming = record.resource.start()
+        value = await coming
+        if not scope.complete(record, generator, value):
+            await _refuse(record)
+    except BaseException as raised:
+        error = _explained(record, raised)
+        scope.fail(record, error)
+        if began:
+            _tell(record, began, error, asked_by)
+        try:
+            if error is raised:
+                raise
+            raise error from None
+        finally:
+            del error
+    finally:
+        # Where the garbage collector has ended this, it is somebody else's Context.
+        if current.get() is record:
+            current.set(outer)
+    if began:
+        _tell(record, began, None, asked_by)
+    return value
+
+
+async def _refuse(record: Record) -> None:
+    """What is complete only after the scope has begun to close is torn down at once."""
+    scope = record.scope
+    if record.generator is not None:
+        with scope.ending_now(record, None):
+            try:
+                rest = begin_finish(record, scope, record.generator, scope.failure)
+                record.generator = None
+                if rest is not None:
+                    await rest
+            except Exception as error:
+                scope.log(error)  # perhaps nobody waits any more to be told
+    raise scope.closed_error(record.resource)
+
+
+def _explained(record: Record, error: BaseException) -> BaseException:
+    """What a set-up failed with, for its user to read."""
+    factory = record.resource.factory
+    if isinstance(error, StopAsyncIteration) and factory.is_generator:
+        return factory.never_yielded()
+    if isinstance(error, Exception) and not isinstance(error, ScopedError):
+        note(error, f"while {record.resource} was set up")
+    return error
+
+
+def _tell(
+    record: Record, began: float, error: BaseException | None, asked_by: "Resource[Any] | None"
+) -> None:
+    if (told := observer.observer) is not None:
+        seconds = perf_counter() - began
+        told.resource_set_up(record.resource, record.scope, seconds, error, asked_by)
+
+
+# In sync code
+
+
+def get_nowait(scope: "Scope", resource: "Resource[Any]") -> Any:
+    """The value of an async resource, for sync code, where it is set up already."""
+    if scope.sync_only:
+        scope.check_loop(resource)  # says that there is none
+    try:
+        value = scope.records[resource].value
+    except (KeyError, AttributeError):
+        pass
+    else:
+        scope.begin(resource, asker_here())  # notes who asks
+        return value
+    if not scope.takes(resource):
+        raise scope.closed_error(resource)
+    raise AsyncResourceError(
+        resource,
+        scope,
+        "it has not been set up yet, and sync code cannot wait for that",
+        "Await it before, in a middleware, say; or use `async_to_sync(...)()`.",
+    )
+
+
+def get_sync(scope: "Scope", resource: "Resource[Any]") -> Any:
+    """The value of a sync resource, set up now if need be, in this thread."""
+    asker = asker_here()
+    while True:
+        record, is_new = scope.begin(resource, asker)
+        if is_new:
+            if not scope.takes(resource):  # it closes: another thread's doing, since the look
+                scope.fail(record, error := scope.closed_error(resource))
+                raise error
+            return _set_up_sync(record, asker)
+        try:
+            return record.value
+        except AttributeError:
+            pass
+        if record.state == STARTING:
+            outcome = _wait_for_thread(record, asker)
+            if outcome is not None and _is_for(outcome, record, is_new=False):
+                try:
+                    return outcome.result()
+                finally:
+                    del outcome  # no cycle of its error and this frame
+
+
+def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
+    latch = Latch()
+    if asker is not None:
+        asker.need(record, latch)
+    record.wait(latch)
+    # Elsewhere a thread may wait for as long as it takes; not where the set-up may need this one.
+    is_bound = running_loop() is not None or _is_in_this_thread(record)
+    try:
+        if record.state == STARTING and not latch.lock.acquire(
+            timeout=_PATIENCE if is_bound else -1
+        ):
+            raise AsyncResourceError(
+                record.resource,
+                record.scope,
+                f"it has been set up in this very thread for {_PATIENCE:g} seconds, and so may "
+                "be waiting for itself"
+                if _is_in_this_thread(record)
+                else f"another thread has been setting it up for {_PATIENCE:g} seconds, and may be "
+                "waiting for this event loop",
+                "In async code use `await sync_to_async(...)()` for it.",
+            )
+        return latch.outcome
+    finally:
+        if record.waiters is not None:
+            record.waiters.pop(latch, None)
+        if asker is not None:
+            asker.got(latch)
+
+
+def _is_in_this_thread(record: Record) -> bool:
+    """Called by its own factory, through the event loop; or by another greenlet of the thread."""
+    place = record.place
+    if place is None:
+        return record.scope.thread == get_ident()
+    return isinstance(place, Thread) and place.ident == get_ident()
+
+
+def _set_up_sync(record: Record, asker: Record | None) -> Any:
+    scope, resource = record.scope, record.resource
+    context: Context | None = None
+    if not scope.is_owner_here():
+        context = scope.context()
+        record.place = Thread(context)
+    began = 0.0 if observer.observer is None else perf_counter()
+    outer = current.get()
+    if asker is not None:
+        asker.need(record, record)
+    try:
+        if context is None:
+            current.set(record)
+            generator, value = resource.start()
+        else:
+            generator, value = _start_in(context, record)
+        if not scope.complete(record, generator, value):
+            _refuse_sync(record)
+    except BaseException as raised:
+        error = _explained(record, raised)
+        scope.fail(record, error)
+        if began:
+            _tell(record, began, error, None if asker is None else asker.resource)
+        del error
+        raise
+    finally:
+        if context is None and current.get() is record:
+            current.set(outer)
+        if asker is not None:
+            asker.got(record)
+    if began:
+        _tell(record, began, None, None if asker is None else asker.resource)
+    return value
+
+
+def _start_in(context: "Context", record: Record) -> tuple[Any, Any]:
+    """In this thread, to which there is a way back, or in one of its own."""
+    scope, resource, place = record.scope, record.resource, record.place
+    assert isinstance(place, Thread)
+    context.run(current.set, record)
+    if not resource.factory.is_generator or resource.lifetime is not Lifetime.LIFESPAN:
+        return _start(context, resource)
+    if get_ident() == scope.thread:
+        return _start(context, resource)
+    # A lifespan's generator outlives the work that has brought its thread here.
+    if (way := getattr(thread_here, "way", None)) is not None:
+        started = _start(context, resource)
+        place.way = way
+        way.keep()
+        return started
+    place.way = way = OwnThread()
+    in_own_thread: list[tuple[Any, Any]] = []
+
+    def start() -> None:
+        place.ident = get_ident()
+        in_own_thread.append(_start(context, resource))
+
+    try:
+        way.submit(start).result()
+    except BaseException:
+        way.let_go()
+        raise
+    return in_own_thread.pop()
+
+
+def _start(context: "Context", resource: "Resource[Any]") -> tuple[Any, Any]:
+    started: tuple[Any, Any] = context.run(resource.start)
+    return started
+
+
+def _refuse_sync(record: Record) -> None:
+    scope, place = record.scope, record.place
+    if record.generator is not None:
+        generator, record.generator = record.generator, None
+        finish = record.resource.factory.finish
+        try:
+            if isinstance(place, Thread):
+                if place.way is None:
+                    place.context.run(finish, generator, scope.failure)
+                else:
+                    place.finish_in_thread(
+                        lambda: place.context.run(finish, generator, scope.failure)
+                    ).result()
+            else:
+                finish(generator, scope.failure)
+        except Exception as error:
+            scope.log(error)
+    raise scope.closed_error(record.resource)

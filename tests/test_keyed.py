@@ -1,0 +1,210 @@
+"""
+``request_scoped(keyed=True)``: one value for each set of arguments. Promises 2, 7 and 25.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from scoped import (
+    AsyncResourceError,
+    FactoryError,
+    NoScopeError,
+    ScopeClosedError,
+    TeardownError,
+    inspect,
+    request_scope,
+    request_scoped,
+)
+from scoped.testing import override
+
+log: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    log.clear()
+
+
+@request_scoped(keyed=True)
+async def lock(name: str, *, of: str = "all") -> AsyncIterator[str]:
+    await asyncio.sleep(0)
+    log.append(f"+{name}")
+    yield f"{name} of {of}"
+    log.append(f"-{name}")
+
+
+@request_scoped(keyed=True)
+def price(of: str, currency: str = "EUR") -> Iterator[list[str]]:
+    log.append(f"+{of}")
+    yield [of, currency]
+    log.append(f"-{of}")
+
+
+@request_scoped(keyed=True)
+async def both(first: str, second: str) -> AsyncIterator[None]:
+    await lock(first)
+    await lock(second)
+    log.append(f"+{first}&{second}")
+    yield
+    log.append(f"-{first}&{second}")
+
+
+async def test_each_set_of_arguments_has_a_value_of_its_own() -> None:
+    async with request_scope():
+        assert await lock("a") == await lock("a") == "a of all"
+        assert await lock("b") == "b of all"
+        assert price("bread") is price("bread")
+        assert price("bread") is not price("bread", "EUR")
+        assert price("bread", "CHF") == ["bread", "CHF"]
+        assert log == ["+a", "+b", "+bread", "+bread", "+bread"]
+    assert log[5:] == ["-bread", "-bread", "-bread", "-b", "-a"]
+    async with request_scope():
+        await lock("a")
+
+
+async def test_asked_for_by_many_at_once_each_is_set_up_once() -> None:
+    async with request_scope():
+        names = [name for name in "abc" for _ in range(5)]
+        assert len(set(await asyncio.gather(*map(lock, names)))) == 3
+        assert sorted(log) == ["+a", "+b", "+c"]
+    assert len(log) == 6
+
+
+async def test_one_may_be_asked_for_by_another_of_the_same_resource() -> None:
+    @request_scoped(keyed=True)
+    async def sum_to(number: int) -> int:
+        return number + await sum_to(number - 1) if number else 0
+
+    async with request_scope():
+        assert await sum_to(10) == 55
+        assert await asyncio.create_task(sum_to(12)) == 78
+
+
+async def test_release_gives_back_the_one_and_what_uses_it() -> None:
+    async with request_scope():
+        await both("a", "b")
+        await lock("c")
+        price("bread")
+        log.clear()
+        await lock.release("d")
+        assert log == []
+        await lock.release("b")
+        assert log == ["-a&b", "-b"]
+        price.release("bread")
+        assert log[2:] == ["-bread"]
+        with pytest.raises(AsyncResourceError):
+            lock.get_nowait("b")
+        assert lock.get_nowait("a") == "a of all"
+        await lock("b")
+        log.clear()
+    assert log == ["-b", "-c", "-a"]
+
+
+async def test_a_stand_in_gets_the_arguments() -> None:
+    async def fake(name: str) -> AsyncIterator[str]:
+        log.append(f"+fake {name}")
+        yield f"a fake {name}"
+        log.append(f"-fake {name}")
+
+    async with request_scope():
+        assert await lock("a") == "a of all"
+        with override(lock, fake):
+            assert await lock("a") == await lock("a") == "a fake a"
+            with override(lock, lambda name, *others: f"sync {name}"):
+                assert await lock("b") == "sync b"
+            with override(lock, "a value"):
+                assert await lock("b", 1, 2) == "a value"  # type: ignore[call-arg, arg-type]
+            with override(price, lambda of, currency="CHF": [currency]):
+                assert price("bread") == ["CHF"]
+        assert await lock("a") == "a of all"
+    assert log == ["+a", "+fake a", "-fake a", "-a"]
+
+
+def test_a_stand_in_that_takes_no_argument_is_refused() -> None:
+    with pytest.raises(FactoryError, match="is keyed, and takes no positional argument"):
+        override(lock, lambda: "value")
+
+
+def test_what_cannot_be_called_with_a_key_is_refused_where_it_is_declared() -> None:
+    with pytest.raises(FactoryError, match=r"no positional argument\. .*leave out keyed=True"):
+        request_scoped(keyed=True)(lambda: 1)
+    with pytest.raises(FactoryError, match=r"needs a keyword argument, 'of'.*before the `\*`"):
+
+        @request_scoped(keyed=True)
+        def keyword(name: str, *, of: str) -> None: ...
+
+    with pytest.raises(FactoryError, match=r"'name'.*@request_scoped\(keyed=True\)"):
+
+        @request_scoped  # type: ignore[call-overload]
+        def forgotten(name: str) -> None: ...
+
+
+async def test_arguments_that_do_not_fit_are_refused_as_any_function_does() -> None:
+    async with request_scope():
+        with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'name'"):
+            await lock()  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"lock\(\) got an unexpected keyword argument 'name'"):
+            await lock(name="a")
+        with pytest.raises(TypeError, match=r"lock .*cannot be part of a key: unhashable type"):
+            await lock(["a"])  # type: ignore[arg-type]
+        assert await lock("a") == "a of all"
+    assert log == ["+a", "-a"]
+
+
+async def test_no_message_and_no_picture_shows_an_argument() -> None:
+    secret = "hunter2"
+
+    @request_scoped(keyed=True)
+    async def fails(name: str) -> AsyncIterator[None]:
+        if name == secret:
+            raise OSError("broken")
+        yield
+        raise ValueError("broken")
+
+    shown: list[object] = []
+    with pytest.raises(NoScopeError) as outside:
+        await lock(secret)
+    shown.append(outside.value)
+    with pytest.raises(TeardownError) as caught:
+        async with request_scope() as scope:
+            with pytest.raises(OSError, match="broken") as failed:
+                await fails(secret)
+            shown += failed.value.__notes__
+            await fails("public")
+            await lock(secret)
+            picture = next(one for one in inspect() if one.name == str(scope))
+            assert lock.resource.factory.name in picture.resources
+            shown.append(picture)
+            late = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(after(late, secret))
+            await asyncio.sleep(0)
+    shown += [caught.value, *caught.value.exceptions[0].__notes__]
+    late.set_result(None)
+    shown.append(await task)
+    for thing in shown:
+        assert "lock" in f"{thing!r} {thing}" or "fails" in f"{thing}" or thing is caught.value
+        assert secret not in f"{thing!r} {thing}"
+    assert secret not in repr(fails.resource) + repr(lock)
+
+
+async def after(late: "asyncio.Future[None]", name: str) -> BaseException:
+    await late
+    with pytest.raises(ScopeClosedError) as caught:
+        await lock(name)
+    return caught.value
+
+
+async def test_it_may_live_until_the_response() -> None:
+    @request_scoped(keyed=True, until="response")
+    async def transaction(of: str) -> AsyncIterator[str]:
+        yield of
+        log.append(f"-{of}")
+
+    async with request_scope() as scope:
+        assert [await transaction("a"), await transaction("b")] == ["a", "b"]
+        await scope.end_response()
+        assert log == ["-b", "-a"]
+        with pytest.raises(ScopeClosedError):
+            await transaction("c")
