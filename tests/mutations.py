@@ -25,7 +25,8 @@ TESTS = [
     for name in (
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
         *("until_response", "release", "wsgi"),
-        *("factories", "threads", "many_threads", "every_await", "model"),
+        *("factories", "keyed", "calls", "foreign_errors", "names", "errors"),
+        *("threads", "many_threads", "every_await", "model"),
         *("background", "testing", "signals"),
     )
 ]
@@ -112,7 +113,7 @@ MUTATIONS = [
     mutation(
         "the request is cancelled though it is finishing",
         (
-            "asgi",
+            "serving/exchange",
             "if not self.cancelled and not self.finishing:",
             "if not self.cancelled:",
         ),
@@ -135,7 +136,11 @@ MUTATIONS = [
     ),
     mutation(
         "a cancelled scope does not say so",
-        ("core/scope", "            raise fatal\n", "            return\n"),
+        (
+            "core/teardown",
+            "            scope.log(TeardownError(scope, errors))\n        raise fatal\n",
+            "            scope.log(TeardownError(scope, errors))\n        return\n",
+        ),
     ),
     mutation(
         "who waits for something to end is cancelled at once",
@@ -146,24 +151,238 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "an unwanted keeper is cancelled again and again",
+        (
+            "core/place",
+            "if self.task is not None and not self.is_unwanted:",
+            "if self.task is not None:",
+        ),
+    ),
+    mutation(
+        "what will not end when it is cancelled is never cancelled again",
+        (
+            "core/teardown",
+            "            keeper.is_unwanted = False  # it has had its time: once more\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "what waits for its teardown is cancelled for good by its own factory",
+        (
+            "core/place",
+            "                task.uncancel()\n        failure = self.verdict",
+            "                pass\n        failure = self.verdict",
+        ),
+    ),
+    mutation(
+        "a keeper that is cancelled before its first step tells nobody",
+        (
+            "core/place",
+            "            record.scope.fail(record, asyncio.CancelledError())\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "a keeper that is cancelled while it waits goes before its turn",
+        (
+            "core/place",
+            "        while not self.verdict.done():\n            try:\n                await asyncio.wait([self.verdict])\n            except asyncio.CancelledError as error:\n                cancellation = error\n                task.uncancel()\n        failure = self.verdict.result()\n",
+            "        try:\n            await asyncio.wait([self.verdict])\n        except asyncio.CancelledError as error:\n            return error\n        failure = self.verdict.result()\n",
+        ),
+    ),
+    mutation(
+        "the keepers of a scope whose owner has gone wait for ever at the event loop's end",
+        ("core/abandoned", "        await scope.close_abandoned(error)\n", "        raise\n"),
+    ),
+    mutation(
+        "a scope that is given up is not closed where its guard never began",
+        (
+            "core/abandoned",
+            "        closing.add_done_callback(_closing.discard)\n",
+            "        closing.cancel()\n        closing.add_done_callback(_closing.discard)\n",
+        ),
+    ),
+    mutation(
+        "a closed scope keeps its guard",
+        (
+            "core/abandoned",
+            "            loop.call_soon_threadsafe(set_done, over)\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
         "a hop to the thread is dropped when it is cancelled",
-        ("core/waits", "    while not begun:\n", "    for _ in range(1):\n"),
+        (
+            "core/waits",
+            "    while claims:\n        try:\n",
+            "    for _ in range(1):\n        try:\n",
+        ),
     ),
     # Teardown
     mutation(
         "an error ends the teardown",
         (
-            "core/scope",
-            "        while self.values:\n",
-            "        while self.values and not errors:\n",
+            "core/teardown",
+            "            if scope.take(record):\n                rest = begin_end(record, failure, problems)\n",
+            "            if not problems and scope.take(record):\n                rest = begin_end(record, failure, problems)\n",
         ),
+        (
+            "core/teardown",
+            "        while held:\n            record = held.pop()\n",
+            "        if problems:\n            return\n        while held:\n            record = held.pop()\n",
+        ),
+    ),
+    mutation(
+        "an exception that refuses a note is replaced",
+        (
+            "core/errors",
+            '            object.__setattr__(error, "__notes__", [text])\n',
+            "            error.add_note(text)\n",
+        ),
+        (
+            "core/errors",
+            "    except Exception:  # noqa: S110",
+            "    except KeyError:  # noqa: S110",
+        ),
+    ),
+    mutation(
+        "an exception that has refused a note gets none",
+        (
+            "core/errors",
+            '            object.__setattr__(error, "__notes__", [text])\n',
+            "            error.add_note(text)\n",
+        ),
+    ),
+    mutation(
+        "notes pile up on an exception that is raised again",
+        (
+            "core/errors",
+            "        elif isinstance(notes, list) and text not in notes_of(error):\n",
+            "        elif isinstance(notes, list):\n",
+        ),
+    ),
+    mutation(
+        "what a client sends is printed as it is",
+        ("core/names", "        if not character.isprintable():\n", "        if False:\n"),
+        (
+            "core/names",
+            "    if len(text) <= limit and text.isprintable():\n",
+            "    if len(text) <= limit:\n",
+        ),
+    ),
+    mutation(
+        "what a client sends is printed at any length",
+        (
+            "core/names",
+            "        if room < 0:\n            break\n",
+            "        if False:\n            break\n",
+        ),
+        ("core/names", "    for character in text[:limit]:", "    for character in text:"),
     ),
     mutation(
         "what was set up first is torn down first",
         (
+            "core/teardown",
+            "            record = held.pop()\n",
+            "            record = held.pop(0)\n",
+        ),
+    ),
+    mutation(
+        "what lives until the response goes among what lives longer",
+        (
             "core/scope",
-            "resource = self.values.popitem()[0]",
-            "self.values.pop(resource := next(iter(self.values)))",
+            "                await end_all(self, Lifetime.RESPONSE, failure, problems)\n",
+            "",
+        ),
+    ),
+    mutation(
+        "several may take what is to be torn down",
+        (
+            "core/scope",
+            "        try:\n            del record.value\n        except AttributeError:\n            return False\n        record.state = ENDING\n",
+            "        if record.state != HELD:\n            return False\n        __import__('time').sleep(0.0001)\n        record.state = ENDING\n        with __import__('contextlib').suppress(AttributeError):\n            del record.value\n",
+        ),
+    ),
+    mutation(
+        "a teardown takes what it has looked up before from somebody else",
+        (
+            "core/teardown",
+            "            if scope.take(record):\n",
+            "            if scope.take(record) or record.generator is not None:\n",
+        ),
+    ),
+    mutation(
+        "a teardown looks once only",
+        ("core/teardown", "    while held := [\n", "    for held in [[\n"),
+        (
+            "core/teardown",
+            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]:\n",
+            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]]:\n",
+        ),
+    ),
+    mutation(
+        "a KeyboardInterrupt is hidden by a cancellation",
+        (
+            "core/teardown",
+            "        elif fatal is None or isinstance(fatal, asyncio.CancelledError):\n            fatal = problem\n",
+            "        else:\n            fatal = problem\n",
+        ),
+    ),
+    mutation(
+        "whoever closes the scope tears a sync generator down",
+        (
+            "core/place",
+            "        if self.way is None and (record.scope.sync_only or self.ident == get_ident()):\n",
+            "        if self.way is None:\n",
+        ),
+    ),
+    mutation(
+        "a thread that hangs in a teardown is waited for",
+        (
+            "core/place",
+            "        await _wait_for(record, done, scope.teardown_timeout)\n",
+            "        await _wait_for(record, done)\n",
+        ),
+    ),
+    mutation(
+        "a lifespan's sync generator ends in any thread",
+        (
+            "core/first_use",
+            "    if not resource.factory.is_generator or resource.lifetime is not Lifetime.LIFESPAN:\n",
+            "    if True:\n",
+        ),
+    ),
+    mutation(
+        "the way back to a thread is not kept",
+        ("core/first_use", "        way.keep()\n", ""),
+    ),
+    mutation(
+        "the way back to a thread is kept for ever",
+        (
+            "core/place",
+            "                done.set_result(None)\n        self.way.let_go()\n",
+            "                done.set_result(None)\n",
+        ),
+        (
+            "core/place",
+            "            finally:\n                self.way.let_go()\n",
+            "            finally:\n                pass\n",
+        ),
+    ),
+    mutation(
+        "what ends with its thread is not torn down",
+        (
+            "core/place",
+            "        except RuntimeError:  # the thread has ended",
+            "        except KeyError:  # the thread has ended",
+        ),
+    ),
+    mutation(
+        "a set-up that fails leaves its own thread running",
+        (
+            "core/first_use",
+            "    except BaseException:\n        way.let_go()\n        raise\n",
+            "    except BaseException:\n        raise\n",
         ),
     ),
     mutation(
@@ -176,42 +395,89 @@ MUTATIONS = [
     ),
     mutation(
         "a teardown may hang",
-        ("core/teardown", "                teardown.expire()\n", "                pass\n"),
+        ("core/deadline", "                teardown.expire()\n", "                pass\n"),
     ),
     mutation(
         "errors of teardowns are not raised",
         (
-            "core/scope",
-            "                raise TeardownError(self, errors)\n",
-            "                pass\n",
+            "core/teardown",
+            "            raise TeardownError(scope, errors)\n",
+            "            return\n",
         ),
     ),
     mutation(
         "set-ups under way are not stopped",
-        ("core/scope", "if self.pending and (cancellation", "if None and (cancellation"),
+        (
+            "core/scope",
+            "            cancellation = await stop_set_ups(self, lifetime)\n",
+            "            cancellation = None\n",
+        ),
+    ),
+    mutation(
+        "what threads set up with what a scope holds is not waited for",
+        (
+            "core/teardown",
+            "    while records := _in_threads(scope, lifetime):\n        latch = LoopLatch()\n",
+            "    while records := []:\n        latch = LoopLatch()\n",
+        ),
+    ),
+    mutation(
+        "sync code does not wait for what threads set up with what its scope holds",
+        (
+            "core/teardown",
+            "    while records := _in_threads(scope, lifetime):\n        latch = Latch()\n",
+            "    while records := []:\n        latch = Latch()\n",
+        ),
+    ),
+    mutation(
+        "a thread that sets up for ever keeps the scope open",
+        (
+            "core/teardown",
+            "            seconds = max(0, deadline - monotonic())\n",
+            "            seconds = None\n",
+        ),
+    ),
+    mutation(
+        "a factory that closes its own scope waits for itself",
+        ("core/teardown", "        and not _leads_to(record, here)\n", ""),
     ),
     mutation(
         "what is set up too late is never torn down",
         (
             "core/scope",
-            "rest = finish(resource, self, generator, self.failure)",
-            "rest = None",
+            "            not self.takes(record.resource) and self.take(record)\n        ):\n            return False\n",
+            "            not self.takes(record.resource) and self.take(record)\n        ):\n            record.generator = None\n            return False\n",
         ),
     ),
     mutation(
         "a closed scope keeps what ended it",
         (
             "core/scope",
-            "self.failure = self.owner = self.uses",
-            "self.uses",
+            "self.failure = self.owner = self.request = None",
+            "self.owner = self.request = None",
         ),
+    ),
+    mutation(
+        "a record that is gone keeps what it used",
+        (
+            "core/record",
+            "        self.generator = self.place = self.uses = self.needs = None\n",
+            "        self.place = self.needs = None\n",
+        ),
+    ),
+    mutation(
+        "a scope that is collected open says nothing",
+        ("core/scope", 'if self._state == "open" and self.records:', "if False:"),
+    ),
+    mutation(
+        "it says so though it holds nothing",
+        ("core/scope", 'if self._state == "open" and self.records:', 'if self._state == "open":'),
     ),
     mutation(
         "a closed scope sets up all the same",
         (
             "core/scope",
-            'if self._state != "open" and not (self._state == "closing" and resource in '
-            "self.values):",
+            "if not self.takes(resource) and (record is None or record.state != HELD):",
             "if False:",
         ),
     ),
@@ -219,46 +485,145 @@ MUTATIONS = [
     mutation(
         "no keeper: factories run wherever they are asked for",
         (
-            "core/scope",
-            "            and self.owner is asyncio.current_task()\n        ):\n",
-            "        ):\n",
-        ),
-        (
-            "core/scope",
-            "if self.owns_set_ups and self.owner is asyncio.current_task():",
-            "if True:",
+            "core/first_use",
+            "        if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():\n",
+            "        if is_new:\n",
         ),
     ),
     mutation(
         "who asks while it is set up is not told when it is",
         (
             "core/record",
-            "                    waiter.set_result(error)\n",
+            "                    waiter.set_result(outcome)\n",
             "                    pass\n",
         ),
     ),
     mutation(
         "those who wait are cancelled with the one who asked first",
-        ("core/scope", "(first or isinstance(error, Exception))", "(True)"),
+        (
+            "core/first_use",
+            "if isinstance(outcome, Exception) or (is_new and isinstance(outcome, BaseException)):",
+            "if isinstance(outcome, BaseException):",
+        ),
+    ),
+    mutation(
+        "a value is not handed to those who wait",
+        (
+            "core/first_use",
+            "        if type(outcome) is tuple and (scope.is_open or record.state == HELD):\n",
+            "        if type(outcome) is tuple and record.state == HELD:\n",
+        ),
+    ),
+    mutation(
+        "a value is not handed to threads that wait",
+        (
+            "core/first_use",
+            "            if isinstance(outcome, tuple) and (scope.is_open or record.state == HELD):\n",
+            "            if isinstance(outcome, tuple) and record.state == HELD:\n",
+        ),
+    ),
+    mutation(
+        "threads that wait are not told when it is set up",
+        ("core/record", "                waiter.wake(outcome)\n", "                pass\n"),
+    ),
+    mutation(
+        "who has stopped waiting stays among those who wait",
+        ("core/first_use", "            record.waiters.pop(waiter, None)\n", "            pass\n"),
+    ),
+    mutation(
+        "a set-up that has failed stays behind",
+        (
+            "core/scope",
+            "        if self.records.get(record.resource) is record:\n            del self.records[record.resource]\n        record.state = GONE\n",
+            "        record.state = GONE\n",
+        ),
+    ),
+    mutation(
+        "a set-up that the garbage collector ends takes another's scope away",
+        (
+            "core/first_use",
+            "        # Where the garbage collector has ended this, it is somebody else's Context.\n        if current.get() is record:\n",
+            "        if True:\n",
+        ),
+    ),
+    mutation(
+        "a task that shares a Context is taken for a part of the set-up there",
+        (
+            "core/first_use",
+            "            if not _is_of_another_task(asker):\n",
+            "            if True:\n",
+        ),
+    ),
+    mutation(
+        "a task that waits for sync code's thread has no patience",
+        (
+            "core/first_use",
+            "            timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "sync code that waits for its own thread has no patience",
+        (
+            "core/first_use",
+            "    is_bound = running_loop() is not None or _is_in_this_thread(record)\n",
+            "    is_bound = running_loop() is not None\n",
+        ),
+    ),
+    mutation(
+        "sync code that holds the event loop up has no patience",
+        (
+            "core/first_use",
+            "    is_bound = running_loop() is not None or _is_in_this_thread(record)\n",
+            "    is_bound = _is_in_this_thread(record)\n",
+        ),
     ),
     mutation(
         "a set-up goes on though nobody wants it",
         (
-            "core/scope",
-            "                set_up.keeper.cancel()  # nobody",
-            "                pass  # nobody",
+            "core/first_use",
+            "            record.place.cancel()  # nobody wants",
+            "            pass  # nobody wants",
         ),
     ),
     mutation(
         "circles are not looked for",
-        ("core/record", "if circle := _way(other, self, set()):", "if circle := None:"),
+        (
+            "core/record",
+            "if other.needs and (circle := other.way_to(self)):",
+            "if other.needs and (circle := None):",
+        ),
+    ),
+    mutation(
+        "a circle is looked for before it is noted",
+        (
+            "core/record",
+            "        self.needs[waiter] = other\n        if other.needs and (circle := other.way_to(self)):\n            self.needs.pop(waiter, None)\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n",
+            "        if other.needs and (circle := other.way_to(self)):\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n        __import__('time').sleep(0.0001)\n        self.needs[waiter] = other\n",
+        ),
+    ),
+    mutation(
+        "what is not waited for any more is still looked at for a circle",
+        (
+            "core/record",
+            "    def got(self, waiter: object) -> None:\n        if self.needs is not None:\n",
+            "    def got(self, waiter: object) -> None:\n        if False:\n",
+        ),
+    ),
+    mutation(
+        "the way of a circle is looked for on every path",
+        (
+            "core/record",
+            "                if needed is self or needed in came_from:\n",
+            "                if needed is self:\n",
+        ),
     ),
     mutation(
         "threads do not wait for each other's set-ups",
         (
             "core/scope",
-            "other = latched.setdefault(resource, set_up)",
-            "other = latched[resource] = set_up",
+            "            record = self.records.setdefault(resource, new)\n",
+            "            record = self.records[resource] = new\n",
         ),
     ),
     # Isolation
@@ -285,15 +650,58 @@ MUTATIONS = [
     ),
     mutation(
         "shutdown does not wait for open requests",
-        ("core/lifespan", "cancellation = await self._requests_ended()", "cancellation = None"),
+        (
+            "core/lifespan",
+            "        cancellation = await self._requests_ended(set(around))\n",
+            "        cancellation = None\n",
+        ),
     ),
     mutation(
-        "a lifespan resource may ask for a request's",
+        "a lifespan that is joined inside a request waits for that",
         (
-            "core/request",
-            "        raise LifetimeError(asker, resource, asker.lifetime.value, "
-            "resource.lifetime.value)\n",
-            "        return here.scope\n",
+            "core/lifespan",
+            "        cancellation = await self._requests_ended(set(around))\n",
+            "        cancellation = await self._requests_ended(set())\n",
+        ),
+    ),
+    mutation(
+        "a lifespan that is joined inside a request is closed under it",
+        (
+            "core/lifespan",
+            "            closes = not self._requests & set(around) and self._claim()\n        if closes:\n            await",
+            "            closes = self._claim()\n        if closes:\n            await",
+        ),
+    ),
+    mutation(
+        "a lifespan that sync code joins inside a request is closed under it",
+        (
+            "core/lifespan",
+            "            closes = not self._requests & set(around) and self._claim()\n        if closes:\n            run",
+            "            closes = self._claim()\n        if closes:\n            run",
+        ),
+    ),
+    mutation(
+        "the requests around the one around it are forgotten",
+        (
+            "core/lifespan",
+            "            previous = previous.scope.around\n",
+            "            previous = None\n",
+        ),
+    ),
+    mutation(
+        "a lifespan that somebody closes may be joined",
+        (
+            "core/lifespan",
+            "        return self.is_open and not self._is_claimed\n",
+            "        return self.is_open\n",
+        ),
+    ),
+    mutation(
+        "a lifespan that somebody has taken over is closed by its last holder",
+        (
+            "core/lifespan",
+            "        if self._holders or not self.can_be_joined:\n            return False\n",
+            "        if not self.can_be_joined:\n            return False\n",
         ),
     ),
     # Until the response
@@ -307,6 +715,14 @@ MUTATIONS = [
             "serving/handler",
             "            run_without_loop(scope.end_response())\n",
             "            pass\n",
+        ),
+    ),
+    mutation(
+        "all ends with the response",
+        (
+            "core/request",
+            "        await end_all(self, Lifetime.RESPONSE, self.failure, problems)\n",
+            "        await end_all(self, Lifetime.REQUEST, self.failure, problems)\n",
         ),
     ),
     mutation(
@@ -355,21 +771,29 @@ MUTATIONS = [
     mutation(
         "a stream may set up anew what ended with the response",
         (
-            "core/request",
-            '"open" if around.is_open and not around.has_responded else "closed"',
-            '"open" if around.is_open else "closed"',
+            "core/scope",
+            "            self.has_responded and resource.lifetime is Lifetime.RESPONSE\n        )\n\n    def begin",
+            "            False\n        )\n\n    def begin",
         ),
     ),
     mutation(
-        "a request's resource may ask for what ends with the response",
-        ("core/request", "if not isinstance(here, SetUp) or here.scope is not scope:", "if True:"),
-    ),
-    mutation(
-        "a keeper's timeout across the yield is not seen until the response",
+        "a resource may ask for what does not live as long",
         (
             "core/scope",
-            "self.lifetime is not Lifetime.LIFESPAN:",
-            "self.lifetime is Lifetime.REQUEST:",
+            "if asker is not None and asker.resource.lifetime > resource.lifetime:",
+            "if False:",
+        ),
+    ),
+    mutation(
+        "a lifespan resource asks for a request's without being told why not",
+        ("core/lookup", "    if isinstance(here, Record):\n", "    if False:\n"),
+    ),
+    mutation(
+        "what has cancelled a keeper is not told to its factory",
+        (
+            "core/place",
+            "return cancellation if failure is None and scope.tells_own_cancellation else failure",
+            "return failure",
         ),
     ),
     # Early release
@@ -377,88 +801,62 @@ MUTATIONS = [
         "what has used a resource outlives its release",
         (
             "core/release",
-            "if one is resource or not gone.isdisjoint(uses.get(one, ())):",
-            "if one is resource:",
+            "            if record.uses and not gone.isdisjoint(list(record.uses)):\n                gone.add(record)\n",
+            "            if False:\n                gone.add(record)\n",
         ),
     ),
     mutation(
         "what has used a resource is torn down after it",
-        ("core/release", "        holder, user = users[-1]\n", "        holder, user = users[0]\n"),
+        ("core/release", "record := users.pop()", "record := users.pop(0)"),
+    ),
+    mutation(
+        "one that found it set up already is not known to use it",
+        (
+            "core/scope",
+            "            asker.use(record)\n",
+            "            if is_new:\n                asker.use(record)\n",
+        ),
     ),
     mutation(
         "releases do not wait for each other",
-        ("core/release", "    await others_released(scope)\n", ""),
+        ("core/release", "    await wait_for_others(scope)\n", ""),
     ),
     mutation(
         "a release that a teardown asks for waits for the one around it",
-        ("core/teardown", "            release.tasks.append(keeper.task)\n", "            pass\n"),
+        (
+            "core/teardown",
+            "        mine.add(here)\n        here = ending.get(here)\n",
+            "        here = None\n",
+        ),
     ),
     mutation(
         "the end of a scope does not wait for a release",
+        ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (
             "core/scope",
-            "        if self.releases:\n            overs",
-            "        if None:\n            overs",
+            "            else:\n                break\n        return cancellation\n",
+            "            break\n        return cancellation\n",
         ),
-    ),
-    mutation(
-        "the end of an empty block does not wait for a release",
-        ("core/request", "            or self.releases\n", ""),
     ),
     mutation(
         "the response does not wait for a release",
-        ("core/request", "            await others_released(self)\n", ""),
-    ),
-    mutation(
-        "a release does not wait for what ends with the response",
-        (
-            "core/request",
-            "            with releasing(self):\n                await",
-            "            if True:\n                await",
-        ),
+        ("core/request", "if not self.ending and not any(", "if not any("),
     ),
     mutation(
         "a release does not see what is being set up",
         (
             "core/release",
-            "if doomed.isdisjoint(set_up.uses or ()) or set_up.waits_for(asker):",
-            "if True:",
+            "                and not gone.isdisjoint(list(record.uses))\n",
+            "                and False\n",
         ),
     ),
     mutation(
         "a factory cannot release what it has used",
-        ("core/release", " or set_up.waits_for(asker):", ":"),
-    ),
-    mutation(
-        "a release takes what was set up later out of its teardown's reach",
-        ("core/scope", "        for one in reversed(later):\n", "        for one in ():\n"),
-    ),
-    mutation(
-        "what is torn down in a keeper is not taken from its scope",
         (
-            "core/scope",
-            "self.others.pop(resource, None)\n            rest =",
-            "self.others.get(resource)\n            rest =",
+            "core/release",
+            "                and not (asker is not None and record.way_to(asker) is not None)\n",
+            "",
         ),
-    ),
-    mutation(
-        "a release goes on with what is set up anew",
-        ("core/release", "        if user is resource:\n", "        if False:\n"),
-    ),
-    mutation(
-        "threads may set it up anew between the two steps of a release",
-        (
-            "core/scope",
-            "            del self.values[resource]\n"
-            "            return None if self.others is None else self.others.pop(resource, None)\n",
-            "            del self.values[resource]\n"
-            "        __import__('time').sleep(0.0001)\n"
-            "        return None if self.others is None else self.others.pop(resource, None)\n",
-        ),
-    ),
-    mutation(
-        "an empty block's end forgets the threads that set up",
-        ("core/request", "            or self.latched\n", ""),
     ),
     mutation(
         "locks are held in a forked process too",
@@ -466,28 +864,63 @@ MUTATIONS = [
     ),
     mutation(
         "a release looks once only",
+        ("core/release", "if scope.version != version or not users:", "if version < 0:"),
+    ),
+    mutation(
+        "a release does not look anew at who has come to use it",
         (
-            "core/release",
-            "    while users := _users_of(scope, resource):\n",
-            "    users = _users_of(scope, resource)\n    while users:\n",
+            "core/scope",
+            "            asker.use(record)\n            if self.ending is not None:\n                self.version += 1\n",
+            "            asker.use(record)\n",
         ),
+    ),
+    mutation(
+        "a release does not look anew at what was set up meanwhile",
+        (
+            "core/scope",
+            "        record.state = HELD\n        if self.ending is not None:\n            self.version += 1\n",
+            "        record.state = HELD\n",
+        ),
+    ),
+    mutation(
+        "a release is not checked again when it looks anew",
         (
             "core/release",
-            "        holder, user = users[-1]\n",
-            "        holder, user = users.pop()\n",
+            "                        self.check()\n                    except",
+            "                        pass\n                    except",
+        ),
+    ),
+    mutation(
+        "a release changes something before it is refused",
+        ("core/release", "        self.check()  # before anything changes\n", ""),
+    ),
+    mutation(
+        "a thread releases what another has set up",
+        ("core/release", "place.is_here(in_loop=self.in_loop)", "place.is_here(in_loop=True)"),
+    ),
+    mutation(
+        "sync code releases while something else is torn down",
+        ("core/release", "    if not wait_for_others_sync(scope, 0):\n", "    if False:\n"),
+    ),
+    mutation(
+        "sync code tears down what is async",
+        (
+            "core/release",
+            "        if not self.in_loop and record.resource.factory.is_async:\n",
+            "        if False:\n",
         ),
     ),
     mutation(
         "what was used once is taken to be used for ever",
-        ("core/release", "            holder.uses.pop(user, None)\n", "            pass\n"),
+        (
+            "core/record",
+            "        self.generator = self.place = self.uses = self.needs = None\n",
+            "        self.generator = self.place = self.needs = None\n",
+        ),
     ),
     mutation(
         "anybody may release what the owner has set up",
-        (
-            "core/release",
-            "        here = scope.thread == get_ident() and scope.owner is current_task()\n",
-            "        here = True\n",
-        ),
+        ("core/release", "self.scope.is_owner_here() if place is None", "True if place is None"),
     ),
     # The sync world
     mutation(
@@ -564,16 +997,41 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "two of one key are two",
+        (
+            "core/resource",
+            "            and other.key == self.key\n",
+            "            and other.key is self.key\n",
+        ),
+    ),
+    mutation(
+        "two of one key of two resources are one",
+        ("core/resource", "            and other.keyed is self.keyed", "            and True"),
+    ),
+    mutation(
+        "a function with a scope for each call gives away what is yet to run",
+        ("core/calls", "            _refuse_unfinished(name, result)\n", ""),
+    ),
+    mutation(
+        "a coroutine function has a scope for its call and not for its work",
+        ("core/calls", "    if iscoroutinefunction(function):  #", "    if False:  #"),
+    ),
+    mutation(
         "test clients' lifespan-scoped resources live for ever",
         ("serving/receivers", '("django.test.", "scoped.testing")', '("django.test.",)'),
     ),
     mutation(
         "signals do not tell who asked",
-        ("core/scope", "set_up.asked_by if asker is None else asker.resource", "None"),
-    ),
-    mutation(
-        "the lifespan of a loop that ends is kept by who never dropped it",
-        ("core/lifespan", "if not self._holders or loop_ends:", "if not self._holders:"),
+        (
+            "core/first_use",
+            "asked_by = None if asker is None else asker.resource",
+            "asked_by = None",
+        ),
+        (
+            "core/first_use",
+            "return await _set_up(record, asker.resource)",
+            "return await _set_up(record)",
+        ),
     ),
 ]
 
@@ -635,10 +1093,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="mutations whose description contains this")
+    parser.add_argument("--module", default="", help="mutations of modules that begin with this")
+    parser.add_argument("--skip", type=int, default=0, help="so many of these")
+    parser.add_argument("--seconds", type=float, help="begin with none after so many")
     parser.add_argument("tests", nargs="*", default=TESTS)
     options = parser.parse_args()
 
-    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.what]
+    chosen = [
+        mutation
+        for mutation in MUTATIONS
+        if options.only in mutation.what
+        and any(edit.module.startswith(options.module) for edit in mutation.edits)
+    ][options.skip :]
     with tempfile.TemporaryDirectory(prefix="scoped-mutation-") as name:
         for number, one in enumerate(chosen):  # before the first minute is spent
             directory = Path(name, str(number))
@@ -649,13 +1115,23 @@ def main() -> None:
         sys.exit(f"Without any mutation this fails: {failed}")
     print(f"Without any mutation the tests pass, in {seconds:.0f} s.\n")
 
-    survivors = 0
-    print(f"| {'Mutation':66} | Caught by | Seconds |\n|---|---|---|")
+    end = None if options.seconds is None else time.monotonic() + options.seconds
+
+    def checked(one: Mutation) -> tuple[Mutation, str | None, float] | None:
+        return check(one, options.tests) if end is None or time.monotonic() < end else None
+
+    ran = survivors = 0
+    print(f"| {'Mutation':76} | Caught by | Seconds |\n|---|---|---|")
     with ThreadPoolExecutor(options.processes) as workers:
-        for one, failed, seconds in workers.map(lambda one: check(one, options.tests), chosen):
-            survivors += failed is None
-            print(f"| {one.what:66} | {failed or 'SURVIVES'} | {seconds:.0f} |", flush=True)
-    print(f"\n{len(chosen)} mutations, {len(chosen) - survivors} caught, {survivors} survive.")
+        for result in workers.map(checked, chosen):
+            if result is None:
+                break
+            one, failed, seconds = result
+            ran, survivors = ran + 1, survivors + (failed is None)
+            print(f"| {one.what:76} | {failed or 'SURVIVES'} | {seconds:.0f} |", flush=True)
+    print(f"\n{ran} mutations, {ran - survivors} caught, {survivors} survive.")
+    if ran < len(chosen):
+        print(f"{len(chosen) - ran} are left: --skip {options.skip + ran}.")
     sys.exit(survivors > 0)
 
 

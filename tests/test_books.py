@@ -1,0 +1,826 @@
+"""
+What lies between two steps of a resource's life: one truth about each, whoever comes in between.
+Tasks and threads are made to come at the moment that matters; nothing here waits for time to pass.
+"""
+
+import asyncio
+import contextvars
+import gc
+import sys
+import threading
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from django.http import HttpRequest, HttpResponse
+from django.test import override_settings
+
+from scoped import (
+    AsyncResourceError,
+    ScopeClosedError,
+    TeardownError,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+)
+from scoped.asgi import ScopedASGIHandler
+from scoped.core import first_use
+from scoped.core.lifespan import LifespanScope, lifespans
+from scoped.core.record import HELD
+from scoped.core.request import RequestScope
+from scoped.core.resource import Resource
+from scoped.core.scope import Scope
+from scoped.testing import AsyncClient
+from tests.connection import Connection
+from tests.tables import under_way, what_is_kept
+from tests.views import Views
+
+# Seconds after which what should go on is taken to hang.
+DEADLINE = 20
+
+view = Views()
+urlpatterns = view.urlpatterns
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = dict(lifespans)
+    yield
+    assert lifespans == before
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def logged(name: str, log: list[str], *needs: Callable[[], Any], declare: Any = None) -> Any:
+    """A resource that uses others, and logs when it is torn down."""
+
+    async def factory() -> AsyncIterator[str]:
+        for need in needs:
+            await need()
+        yield name
+        log.append(name)
+
+    factory.__qualname__ = name
+    return (declare or request_scoped)(factory)
+
+
+def in_thread(function: Callable[[], object], context: contextvars.Context) -> threading.Thread:
+    thread = threading.Thread(target=context.run, args=[function])
+    thread.start()
+    return thread
+
+
+class TestOneCancellationThenPatience:
+    """Promise 20: what is ending is not cancelled again before its time is over."""
+
+    @override_settings(ROOT_URLCONF=__name__)
+    async def test_a_client_that_goes_while_children_set_up_does_not_cut_their_clean_up_short(
+        self,
+    ) -> None:
+        free = asyncio.Semaphore(1)
+        taken = asyncio.Event()
+
+        @request_scoped
+        async def connection() -> AsyncIterator[str]:
+            await free.acquire()
+            try:
+                taken.set()
+                await asyncio.get_running_loop().create_future()  # SET ROLE: no answer comes
+                yield "connection"
+            finally:
+                await turns(50)  # RESET ALL
+                free.release()
+
+        @view
+        async def gathers(request: HttpRequest) -> HttpResponse:
+            await asyncio.gather(connection(), asyncio.sleep(0), connection())
+            return HttpResponse()
+
+        browser = Connection(ScopedASGIHandler(), "/gathers")
+        request = browser.start()
+        await asyncio.wait_for(taken.wait(), DEADLINE)
+        browser.disconnect()
+        async with asyncio.timeout(DEADLINE):
+            with suppress(asyncio.CancelledError):
+                await request
+        assert not free.locked()
+
+    async def test_nor_does_the_end_of_a_scope_whose_task_is_cancelled(self) -> None:
+        free = asyncio.Semaphore(1)
+        taken = asyncio.Event()
+
+        @request_scoped
+        async def connection() -> AsyncIterator[str]:
+            async with free:
+                try:
+                    taken.set()
+                    await asyncio.get_running_loop().create_future()
+                    yield "connection"
+                finally:
+                    await turns(50)
+                    clean.append(True)
+
+        async def work() -> None:
+            async with request_scope():
+                children = [asyncio.create_task(connection()) for _ in range(2)]
+                try:
+                    await asyncio.gather(*children)
+                finally:
+                    await turns(3)  # the keeper has begun to end
+
+        clean: list[bool] = []
+        working = asyncio.create_task(work())
+        await asyncio.wait_for(taken.wait(), DEADLINE)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(working, DEADLINE)
+        assert clean == [True]
+        assert not free.locked()
+
+
+class TestWhoCancelsIsKnown:
+    """Promise 19: what a factory's own timeout or task group cancels is that factory's affair."""
+
+    async def test_a_keepers_own_timeout_ends_no_scope_whose_owner_has_gone(
+        self, log: list[str]
+    ) -> None:
+        other = logged("other", log)
+        expire = asyncio.Event()
+
+        @request_scoped
+        async def limited() -> AsyncIterator[str]:
+            async with asyncio.timeout(None) as timeout:
+                expiring.append(timeout)
+                yield "limited"
+
+        expiring: list[asyncio.Timeout] = []
+        context = contextvars.copy_context()
+        scope = request_scope()
+        # As a fixture does: opened in one task, used in another, closed in a third.
+        await asyncio.create_task(scope.__aenter__(), context=context)
+
+        async def test() -> None:
+            await other()
+            await limited()
+            expiring[0].reschedule(0)
+            await until(expiring[0].expired)
+            await turns()
+            assert scope.is_open
+            assert await other() == "other"
+            assert log == []
+            expire.set()
+
+        await asyncio.create_task(test(), context=context)
+        with pytest.raises(TeardownError) as caught:
+            await asyncio.create_task(scope.__aexit__(None, None, None), context=context)
+        assert [type(error) for error in caught.value.exceptions] == [TimeoutError]
+        assert log == ["other"]
+
+    @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
+    async def test_a_worker_that_dies_ends_no_lifespan(self, is_held: bool, log: list[str]) -> None:
+        pool = logged("pool", log, declare=lifespan_scoped)
+        die = asyncio.Event()
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[str]:
+            async def work() -> None:
+                await die.wait()
+                raise ValueError("a worker of the pool dies")
+
+            async with asyncio.TaskGroup() as group:
+                working.append(group.create_task(work()))
+                yield "worker"
+
+        working: list[asyncio.Task[None]] = []
+
+        async def request() -> None:
+            async with request_scope() as scope:
+                await pool()
+                await worker()
+                die.set()
+                await asyncio.wait(working)
+                await turns()
+                lifespan = scope.lifespan
+                assert lifespan is not None
+                assert lifespan.is_open
+                assert await pool() == "pool"
+                assert log == []
+
+        with pytest.raises(TeardownError) as caught:
+            if is_held:
+                async with lifespan_scope():
+                    await request()
+            else:
+                await request()
+        group = caught.value.exceptions[0]
+        assert isinstance(group, ExceptionGroup)
+        assert isinstance(group.exceptions[0], ValueError)
+        assert log == ["pool"]
+
+
+class TestRelease:
+    """Promise 24: no retry without bound, and nobody waits for himself."""
+
+    @pytest.mark.parametrize("first", ["owner", "child"])
+    @pytest.mark.parametrize("later", range(7))
+    async def test_a_release_beside_a_first_use_of_what_uses_it_comes_to_an_end(
+        self, first: str, later: int, log: list[str]
+    ) -> None:
+        a = logged("a", log)
+        b = logged("b", log, a)
+
+        @request_scoped
+        async def c() -> str:
+            return str(await b())
+
+        async with asyncio.timeout(DEADLINE), request_scope() as scope:
+            await (a() if first == "owner" else asyncio.create_task(a()))
+            await asyncio.create_task(b())
+            child = asyncio.create_task(c())
+            await turns(later)
+            with suppress(AsyncResourceError):  # c is being set up with it
+                await a.release()
+            assert await child == "b"
+        assert len(log) <= 4
+        assert log.count("a") in (1, 2)
+        assert log.count("b") in (1, 2)
+        assert what_is_kept(scope) == []
+
+    @pytest.mark.parametrize("where", ["owner", "child"])
+    async def test_a_teardown_that_is_released_may_release_others_in_child_tasks(
+        self, where: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Scope, "teardown_timeout", float(DEADLINE))
+        a, b = logged("a", log), logged("b", log)
+
+        @request_scoped
+        async def c() -> AsyncIterator[str]:
+            yield "c"
+            await asyncio.gather(a.release(), b.release())
+            log.append("c")
+
+        async with asyncio.timeout(DEADLINE / 2), request_scope():
+            for one in (a, b):
+                await asyncio.create_task(one())
+            await (c() if where == "owner" else asyncio.create_task(c()))
+            await c.release()
+            assert sorted(log) == ["a", "b", "c"]
+            assert log[-1] == "c"
+
+    async def test_what_comes_to_use_it_while_others_go_goes_too(self, log: list[str]) -> None:
+        a = logged("a", log)
+        is_going, go_on = asyncio.Event(), asyncio.Event()
+
+        @request_scoped
+        async def slow() -> AsyncIterator[str]:
+            await a()
+            yield "slow"
+            is_going.set()
+            await go_on.wait()
+            log.append("slow")
+
+        late = logged("late", log, a)
+
+        async with request_scope():
+            await a()
+            await asyncio.create_task(slow())
+            releasing = asyncio.create_task(slow.release())
+            await is_going.wait()
+            await asyncio.create_task(late())
+            go_on.set()
+            await releasing
+            assert log == ["slow"]
+            await a.release()
+            assert log == ["slow", "late", "a"]
+
+
+class TestLifespan:
+    """Promises 16 and 24: a lifespan joined inside an open request ends after it."""
+
+    @pytest.mark.parametrize("enter", [lifespan_scope, AsyncClient])
+    @pytest.mark.parametrize("first", ["outside", "inside"])
+    async def test_inside_a_request_it_does_not_wait_for_that_and_outlives_it(
+        self, enter: Callable[[], Any], first: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Scope, "shutdown_timeout", float(DEADLINE))
+        pool = logged("pool", log, declare=lifespan_scoped)
+        db = logged("db", log, pool)
+        async with asyncio.timeout(DEADLINE / 2):
+            async with request_scope():
+                if first == "outside":
+                    await db()
+                async with enter():
+                    assert await pool() == "pool"
+                if first == "outside":
+                    assert log == []
+                    assert await pool() == "pool"
+            assert log == (["db", "pool"] if first == "outside" else ["pool"])
+
+    @pytest.mark.parametrize("depth", [1, 2])
+    async def test_it_is_closed_by_the_last_of_the_requests_around_it(
+        self, depth: int, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Scope, "shutdown_timeout", float(DEADLINE))
+        pool = logged("pool", log, declare=lifespan_scoped)
+
+        async def inside(depth: int) -> None:
+            if depth:
+                async with request_scope():
+                    await pool()
+                    await inside(depth - 1)
+                    assert log == []
+                    assert await pool() == "pool"
+            else:
+                async with lifespan_scope():
+                    assert await pool() == "pool"
+
+        async with asyncio.timeout(DEADLINE / 2):
+            await inside(depth)
+        assert log == ["pool"]
+
+    async def test_it_still_waits_for_requests_beside_the_one_around_it(
+        self, log: list[str]
+    ) -> None:
+        pool = logged("pool", log, declare=lifespan_scoped)
+        is_open, go_on = asyncio.Event(), asyncio.Event()
+
+        async def beside() -> None:
+            async with request_scope():
+                await pool()
+                is_open.set()
+                await go_on.wait()
+                log.append("beside")
+
+        async with request_scope():
+            await pool()
+            lifespan = lifespan_scope()
+            await lifespan.__aenter__()
+            other = asyncio.create_task(beside(), context=contextvars.Context())
+            await is_open.wait()
+            leaving = asyncio.create_task(lifespan.__aexit__(None, None, None))
+            await turns()
+            assert not leaving.done()
+            go_on.set()
+            await asyncio.wait_for(leaving, DEADLINE)
+            await other
+            assert log == ["beside"]
+        assert log == ["beside", "pool"]
+
+    def test_in_sync_code_too(self, log: list[str]) -> None:
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        with request_scope():
+            pool()
+            with request_scope():
+                with lifespan_scope():
+                    pool()
+                assert pool() == "pool"
+            assert pool() == "pool"
+            assert log == []
+        assert log == ["pool"]
+
+
+class TestThreadsAtTheMomentOfClosing:
+    """Promises 6, 13 and 24: nothing that a thread sets up meanwhile is lost."""
+
+    async def test_what_lives_until_the_response_and_comes_after_it_is_torn_down_there(
+        self, log: list[str]
+    ) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        @request_scoped(until="response")
+        def transaction() -> Iterator[str]:
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            up_in.append(threading.get_ident())
+            yield "transaction"
+            log.append("transaction")
+            up_in.append(threading.get_ident())
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError, match="until its response"):
+                transaction()
+            log.append("told")
+
+        up_in: list[int] = []
+        async with request_scope() as scope:
+            thread = in_thread(ask, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+            await scope.end_response()
+            go_on.set()
+            thread.join(DEADLINE)
+            assert log == ["transaction", "told"]
+            assert what_is_kept(scope) == []
+        assert len(set(up_in)) == 1
+
+    async def test_a_lifespan_is_not_begun_for_a_request_that_has_ended(
+        self, log: list[str]
+    ) -> None:
+        seen, go_on = threading.Event(), threading.Event()
+
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        class Overtaken(RequestScope):
+            """Ends in the moment in which a thread is about to find its lifespan."""
+
+            __slots__ = ()
+
+            def need_lifespan(self, resource: Resource[Any]) -> LifespanScope:
+                seen.set()
+                assert go_on.wait(DEADLINE)
+                return super().need_lifespan(resource)
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                pool()
+            log.append("told")
+
+        async with Overtaken("the request scope"):
+            thread = in_thread(ask, contextvars.copy_context())
+            assert seen.wait(DEADLINE)
+        go_on.set()
+        thread.join(DEADLINE)
+        await until(lambda: asyncio.get_running_loop() not in lifespans)
+        assert log == ["told"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
+    def test_what_a_thread_sets_up_with_what_is_there_is_waited_for(
+        self, kind: str, log: list[str]
+    ) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def late() -> Iterator[str]:
+            base()
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            try:
+                yield "late"
+            finally:
+                log.append("late")
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                late()
+
+        class Closing(RequestScope):
+            """The thread goes on when this one has begun to close."""
+
+            __slots__ = ()
+
+            async def _stop(self, lifetime: Any) -> BaseException | None:
+                threading.Timer(0.01, go_on.set).start()
+                return await super()._stop(lifetime)
+
+        async def of_async_code() -> None:
+            async with Closing("the request scope"):
+                base()
+                threads.append(in_thread(ask, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+
+        threads: list[threading.Thread] = []
+        if kind == "async":
+            asyncio.run(of_async_code())
+        else:
+            with Closing("the request scope"):
+                base()
+                threads.append(in_thread(ask, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+        threads[0].join(DEADLINE)
+        assert log == ["late", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
+    def test_but_no_longer_than_a_teardown_may_take(
+        self, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Scope, "teardown_timeout", 0.01)
+        begun, go_on = threading.Event(), threading.Event()
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def late() -> Iterator[str]:
+            base()
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            yield "late"
+            log.append("late")
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                late()
+
+        async def of_async_code() -> None:
+            async with request_scope():
+                base()
+                threads.append(in_thread(ask, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+
+        threads: list[threading.Thread] = []
+        if kind == "async":
+            asyncio.run(of_async_code())
+        else:
+            with request_scope():
+                base()
+                threads.append(in_thread(ask, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+        assert log == ["base"]
+        go_on.set()
+        threads[0].join(DEADLINE)
+        assert log == ["base", "late"]
+
+
+class TestGarbage:
+    """Promises 14 and 15: what Python lets go of half-way takes nothing from others."""
+
+    @pytest.mark.parametrize("where", ["owner", "keeper"])
+    async def test_a_set_up_that_is_collected_leaves_the_scope_at_hand_alone(
+        self, where: str
+    ) -> None:
+        @request_scoped
+        def tenant() -> str:
+            return "tenant"
+
+        @request_scoped
+        async def never() -> str:
+            begun.append(True)
+            try:
+                await asyncio.get_running_loop().create_future()  # which nobody else holds
+            finally:
+                ended.append(True)
+            return "never"
+
+        begun: list[bool] = []
+        ended: list[bool] = []
+
+        async def forgotten() -> None:
+            # Not `async with`: of what is collected in one, Python says more than we can mute.
+            await request_scope().__aenter__()
+            await (never() if where == "owner" else asyncio.gather(never(), never()))
+
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: None)  # "Task was destroyed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # of the scope: see below
+            gc.collect()
+            gc.disable()
+            try:
+                asyncio.create_task(forgotten(), context=contextvars.Context())  # noqa: RUF006
+                await turns()
+                async with request_scope() as scope:
+                    assert tenant() == "tenant"
+                    gc.collect()
+                    assert tenant() == "tenant"
+                    assert what_is_kept(scope) != []
+                    assert ended == [True]
+            finally:
+                gc.enable()
+        assert begun == [True]
+
+    @pytest.mark.parametrize("kind", ["sync", "async"])
+    def test_a_scope_that_is_collected_open_says_what_it_held(self, kind: str) -> None:
+        @request_scoped
+        def tenant() -> str:
+            return "tenant"
+
+        @request_scoped
+        async def db() -> str:
+            return "db"
+
+        async def of_async_code() -> None:
+            scope = request_scope()
+            await scope.__aenter__()
+            await db()
+
+        def of_sync_code() -> None:
+            request_scope().__enter__()
+            tenant()
+
+        held = "tenant" if kind == "sync" else "db"
+
+        def leave_open() -> None:
+            if kind == "sync":
+                contextvars.Context().run(of_sync_code)
+            else:
+                contextvars.Context().run(asyncio.run, of_async_code())
+            gc.collect()
+
+        with pytest.warns(ResourceWarning, match=rf"request scope was never closed.*{held} \("):
+            leave_open()
+
+    def test_one_that_held_nothing_says_nothing(self) -> None:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            contextvars.Context().run(request_scope().__enter__)
+            gc.collect()
+        assert [one for one in warned if "never closed" in str(one.message)] == []
+
+
+class TestSharedContext:
+    """Promise 4: what only looks like a circle is none."""
+
+    @pytest.mark.only_if(sys.version_info >= (3, 12), reason="a task's Context can be asked for")
+    @pytest.mark.parametrize("first", ["owner", "keeper"])
+    async def test_a_task_that_shares_a_context_is_no_part_of_the_set_up_there(
+        self, first: str
+    ) -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            begun.set()
+            await go_on.wait()
+            yield "db"
+
+        context = contextvars.copy_context()
+
+        async def owner() -> None:
+            async with request_scope():
+                if first == "owner":
+                    assert await db() == "db"
+                else:
+                    setting_up = asyncio.create_task(db())
+                    assert await setting_up == "db"
+                await asyncio.wait(others)
+
+        async def other() -> str:
+            return await db()
+
+        others: list[asyncio.Task[str]] = []
+        owning = asyncio.create_task(owner(), context=context)
+        await begun.wait()
+        others.append(asyncio.create_task(other(), context=context))
+        await turns()
+        go_on.set()
+        await asyncio.wait_for(owning, DEADLINE)
+        assert others[0].result() == "db"
+
+
+class TestPatience:
+    """Promises 4 and 21: no wait for a thread that waits for this one."""
+
+    @override_settings(ROOT_URLCONF=__name__)
+    async def test_sync_code_that_waits_for_a_set_up_which_needs_its_thread_is_told_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.05)
+        in_its_thread = threading.Event()
+
+        @request_scoped
+        async def user() -> str:
+            await asyncio.to_thread(in_its_thread.wait, DEADLINE)
+            return await sync_to_async(lambda: "ada")()  # as the ORM's async methods do
+
+        def render() -> str:
+            in_its_thread.set()
+            return async_to_sync(user)()
+
+        @view
+        async def page(request: HttpRequest) -> HttpResponse:
+            setting_up = asyncio.create_task(user())
+            await turns()
+            with pytest.raises(AsyncResourceError, match="may be waiting for the thread") as caught:
+                await sync_to_async(render)()
+            assert "user" in str(caught.value)
+            assert await setting_up == "ada"
+            return HttpResponse(await sync_to_async(render)())
+
+        browser = Connection(ScopedASGIHandler(), "/page")
+        await asyncio.wait_for(browser.start(), DEADLINE)
+        assert (browser.status, browser.body) == (200, b"ada")
+
+
+class TestWorkIsLinear:
+    """Promise 25: no work grows faster than what was asked for."""
+
+    @staticmethod
+    def seconds(count: int, work: Callable[[int], Awaitable[float]]) -> float:
+        """CPU time of this thread, without what asyncio's debug mode adds."""
+        with asyncio.Runner(debug=False) as runner:
+            return runner.run(work(count))  # type: ignore[arg-type]
+
+    def check(self, work: Callable[[int], Awaitable[float]]) -> None:
+        """Sixteen times as much takes 16 times as long, or 256 times where each looks at all."""
+        ratios: list[float] = []
+        for _ in range(4):
+            gc.collect()
+            few = min(self.seconds(1_000, work) for _ in range(3))
+            ratios.append(self.seconds(16_000, work) / few)
+            if ratios[-1] < 64:
+                return
+        pytest.fail(f"16 times as much took {ratios} times as long")
+
+    @pytest.mark.parametrize("order", ["none", "first to last", "last to first", "mixed"])
+    def test_children_that_wait_for_one_set_up_and_are_cancelled(self, order: str) -> None:
+        async def work(count: int) -> float:
+            ready = asyncio.Event()
+
+            @request_scoped
+            async def db() -> AsyncIterator[str]:
+                await ready.wait()
+                yield "db"
+
+            async with request_scope():
+                tasks = [asyncio.create_task(db()) for _ in range(count)]
+                await turns(4)
+                began = time.thread_time()
+                cancelled = {
+                    "none": [],
+                    "first to last": tasks[1:],
+                    "last to first": tasks[:0:-1],
+                    "mixed": [*tasks[1::2], *tasks[2::2][::-1]],
+                }[order]
+                for task in cancelled:
+                    task.cancel()
+                await turns(4)
+                ready.set()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                seconds = time.thread_time() - began
+                assert results.count("db") == count - len(cancelled)
+                return seconds
+
+        self.check(work)
+
+    @pytest.mark.parametrize("how", ["release", "close"])
+    def test_users_of_one_resource_that_goes(self, how: str) -> None:
+        async def work(count: int) -> float:
+            down: list[int] = []
+
+            @request_scoped
+            async def base() -> AsyncIterator[str]:
+                yield "base"
+                down.append(-1)
+
+            @request_scoped(keyed=True)
+            async def user(number: int) -> AsyncIterator[int]:
+                await base()
+                yield number
+                down.append(number)
+
+            async with request_scope() as scope:
+                for number in range(count):
+                    await user(number)
+                began = time.thread_time()
+                await (base.release() if how == "release" else scope.close())
+                seconds = time.thread_time() - began
+                assert down == [*range(count - 1, -1, -1), -1]
+                return seconds
+
+        self.check(work)
+
+    def test_needs_of_one_resource_are_looked_through_once_each(self) -> None:
+        """A lattice has more ways through it than anybody can go."""
+
+        async def work() -> None:
+            go_on = asyncio.Event()
+
+            @request_scoped(keyed=True)
+            async def step(level: int, side: int) -> str:
+                if level == 24:
+                    await go_on.wait()
+                    return "end"
+                await asyncio.gather(step(level + 1, 0), step(level + 1, 1))
+                return "step"
+
+            async with request_scope() as scope:
+                asking = asyncio.create_task(step(0, 0))
+                await until(lambda: len(under_way(scope)) == 49)
+                last = asyncio.create_task(step(0, 0))
+                go_on.set()
+                assert await asking == await last == "step"
+                assert all(record.state == HELD for record in scope.records.values())
+
+        asyncio.run(work())
