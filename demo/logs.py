@@ -14,11 +14,16 @@ class WhatIsNews(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, asyncio.CancelledError) or _is_an_end(record):
             return False
         if error is not None and _on_purpose(error):
             record.exc_info = record.exc_text = None
         return True
+
+
+def _is_an_end(record: logging.LogRecord) -> bool:
+    """Uvicorn's error that a page is open while it ends: which is how it usually ends."""
+    return record.name == "uvicorn.error" and str(record.msg).startswith("Cancel ")
 
 
 def _on_purpose(error: BaseException) -> bool:

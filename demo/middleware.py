@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 
-from django.http import HttpRequest, HttpResponseBase
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.utils.decorators import async_only_middleware
 
 POLICY = (
@@ -21,5 +21,21 @@ def content_security_policy(get_response: View) -> View:
         response = await get_response(request)
         response["Content-Security-Policy"] = POLICY
         return response
+
+    return middleware
+
+
+@async_only_middleware
+def health(get_response: View) -> View:
+    """
+    ``/health``, by whatever name the process is called, and whatever others do to it: that it
+    answers means that it has started, which it does with a pool of connections, and that its
+    event loop runs. Servers that are away are the page's to tell.
+    """
+
+    async def middleware(request: HttpRequest) -> HttpResponseBase:
+        if request.path == "/health":
+            return HttpResponse("Healthy.", content_type="text/plain")
+        return await get_response(request)
 
     return middleware

@@ -42,8 +42,12 @@ async def pool() -> "AsyncIterator[asyncpg.Pool[asyncpg.Record]]":
 async def redis() -> AsyncIterator[Redis]:
     # Without a socket_timeout, for which redis-py uses asyncio.wait_for(): that of Python 3.11 may
     # swallow the cancellation of a request whose client has gone.
-    url, timeout = settings.REDIS_URL, None
-    async with Redis.from_url(url, decode_responses=True, socket_timeout=timeout) as client:
+    async with Redis.from_url(
+        settings.REDIS_URL,
+        password=settings.REDIS_PASSWORD,
+        decode_responses=True,
+        socket_timeout=None,
+    ) as client:
         yield client
 
 

@@ -68,7 +68,7 @@ def main() -> None:
 def address(demo: "subprocess.Popen[str]") -> str:
     assert demo.stdout is not None  # noqa: S101 (narrows a type)
     for line in demo.stdout:
-        if match := re.search(r"The wall: (\S+)", line):
+        if match := re.search(r"The demo: (\S+)", line):
             return match[1]
     raise RuntimeError("The demo did not start.")
 

@@ -18,14 +18,22 @@ def _address_of(server: str) -> str:
 
 DATABASE_URL = _address_of("DATABASE_URL")
 REDIS_URL = _address_of("REDIS_URL")
+# Where it is not in the URL, in which it would have to be quoted. (PostgreSQL's own PGPASSWORD is
+# read by asyncpg itself.)
+REDIS_PASSWORD = os.environ.get("REDIS_PASSWORD") or None
 
 DEBUG = False
 # Nothing here outlives the process that signs it.
 SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or get_random_secret_key()
 ALLOWED_HOSTS = os.environ.get("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]").split(",")
+# Where a proxy in front speaks TLS: what the browser calls the page, https://demo.example.
+CSRF_TRUSTED_ORIGINS = os.environ.get("CSRF_TRUSTED_ORIGINS", "").split(",")
+if CSRF_TRUSTED_ORIGINS == [""]:
+    CSRF_TRUSTED_ORIGINS = []
 
 INSTALLED_APPS = ["scoped", "demo"]
 MIDDLEWARE = [
+    "demo.middleware.health",  # before the host is looked at
     "demo.middleware.content_security_policy",
     "django.middleware.security.SecurityMiddleware",
     "django.middleware.common.CommonMiddleware",  # refuses what is not in ALLOWED_HOSTS

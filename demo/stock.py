@@ -99,7 +99,7 @@ class Pool:
 @lifespan_scoped(eager=True)
 async def pool() -> AsyncIterator[Pool]:
     async with (
-        Redis.from_url(settings.REDIS_URL) as redis,
+        Redis.from_url(settings.REDIS_URL, password=settings.REDIS_PASSWORD) as redis,
         redis.pubsub(ignore_subscribe_messages=True) as resets,
     ):
         await resets.subscribe("stock")

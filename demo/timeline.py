@@ -10,6 +10,7 @@ with the next.
 import asyncio
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,7 +29,8 @@ from scoped.core.resource import Lifetime, Resource
 from scoped.core.scope import Scope
 from scoped.signals import resource_set_up, resource_torn_down, scope_closed, scope_opened
 
-PROCESS = f"{socket.gethostname()}:{os.getpid()}"
+# Unlike the host's name and the pid, which a container has anew after each restart.
+PROCESS = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 UNSEEN = ("/health", "/static/")
 
 EVERY = 0.2  # seconds, while something happens

@@ -7,7 +7,6 @@ urlpatterns = [
     path("messages", views.post, name="post"),
     path("events", views.events, name="events"),
     path("static/<name>", views.static, name="static"),
-    path("health", views.health, name="health"),
     path("scoped/", include(endings), {"db": resources.db}),
     path("scoped/commit", endings.commit),
     path("scoped/background", endings.background),

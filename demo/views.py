@@ -101,13 +101,6 @@ async def static(request: HttpRequest, name: str) -> HttpResponse:
     return HttpResponse(content, content_type, headers={"Cache-Control": "no-cache"})
 
 
-@require_safe
-async def health(request: HttpRequest) -> HttpResponse:
-    await (await db()).execute("SELECT 1")
-    await (await redis()).ping()
-    return HttpResponse("Healthy.", content_type="text/plain")
-
-
 async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> HttpResponse:
     messages = await (await db()).fetch(LATEST)
     context = {

@@ -91,7 +91,7 @@ class Demo:
 
         def printed() -> str | None:
             assert self.process.poll() is None, self.output
-            match = re.search(r"The wall: (\S+)", self.output)
+            match = re.search(r"The demo: (\S+)", self.output)
             return match and match[1]
 
         return str(eventually(printed))
