@@ -69,14 +69,14 @@ def run(host: str, port: int | None) -> None:
     if started := [server for name, server in own if name not in given]:
         print(f"Starting {' and '.join(started)} ...", flush=True)
 
-    from demo.servers import postgres, redis
+    from demo.servers import postgres, redis  # noqa: PLC0415
 
     with listener, postgres() as database, redis() as broker:
         os.environ |= {"DATABASE_URL": database.url, "REDIS_URL": broker.url}
         for server in (database, broker):
             print(describe(server), flush=True)
 
-        from demo.serve import serve
+        from demo.serve import serve  # noqa: PLC0415
 
         serve(listener, address_of(listener))
 
@@ -95,7 +95,7 @@ def listen(host: str, port: int | None) -> socket.socket:
             print(f"Port {PORT} is taken: using another.", flush=True)
             return socket.create_server((host, 0), family=family)
         where = PORT if port is None else port
-        sys.exit(f"Cannot listen on port {where} of {host}: {error.strerror}.")
+        sys.exit(f"Cannot listen on port {where} of {host}: {os.strerror(error.errno or 0)}.")
 
 
 def address_of(listener: socket.socket) -> str:

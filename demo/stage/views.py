@@ -1,9 +1,10 @@
-"""A message wall: read it, write on it, watch it."""
+"""The page: what runs on it, what it shows, and what it is told."""
 
+import asyncio
 import json
 import platform
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,25 @@ from django.http import (
 )
 from django.shortcuts import render
 from django.urls import reverse
+from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_GET, require_POST, require_safe
-from redis.asyncio.client import PubSub
 
-from demo import timeline
-from demo.buttons import ENDINGS, LOSSES, LOST
-from demo.resources import db, pool, redis, subscription
+from demo.resources import db, pool, redis
+from demo.stage import reports, runs
+from demo.stage.buttons import ALONE, PAIRS, Ending
+from demo.stage.pools import stock_pool
+from demo.stage.resources import heard
+from scoped import spawn
 
-LATEST = "SELECT id, text, posted_at FROM messages ORDER BY id DESC LIMIT 50"
+LATEST = "SELECT id, text, posted_at FROM messages ORDER BY id DESC LIMIT 10"
 MISSED = "SELECT id, text, posted_at FROM messages WHERE id > $1 ORDER BY id LIMIT 50"
 POST = "INSERT INTO messages (text) VALUES ($1) RETURNING id, text, posted_at"
 
 HEARTBEAT = 15  # seconds: shorter than the idle timeouts of proxies
 
 STATIC = {
-    "demo.css": ("text/css", Path(__file__).with_name("static") / "demo.css"),
-    "demo.js": ("text/javascript", Path(__file__).with_name("static") / "demo.js"),
+    name: (content_type, Path(__file__).with_name("static") / name)
+    for name, content_type in {"demo.css": "text/css", "demo.js": "text/javascript"}.items()
 }
 
 
@@ -51,7 +55,7 @@ class MessageForm(forms.Form):
     text = TextField(
         label="Message",
         max_length=2000,
-        widget=forms.Textarea(attrs={"rows": 3}),
+        widget=forms.Textarea(attrs={"rows": 1}),
         error_messages={"required": "Write something first."},
     )
 
@@ -60,8 +64,13 @@ class SeeOther(HttpResponseRedirect):
     status_code = 303
 
 
+def ending(one: Ending) -> Callable[..., Any]:
+    """Its view, for POST. It has no token, so that curl can call it: see ``no_other_site``."""
+    return csrf_exempt(require_POST(one.view))
+
+
 @require_safe
-async def wall(request: HttpRequest) -> HttpResponse:
+async def page(request: HttpRequest) -> HttpResponse:
     return await show(request, MessageForm())
 
 
@@ -73,22 +82,41 @@ async def post(request: HttpRequest) -> HttpResponse:
     connection = await db()
     message = await connection.fetchrow(POST, form.cleaned_data["text"])
     await (await redis()).publish("messages", as_json(message))
-    return SeeOther(reverse("wall"))
+    return SeeOther(reverse("page"))
 
 
 @require_GET
-async def events(request: HttpRequest) -> StreamingHttpResponse:
+async def events(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     last_seen = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
+    try:
+        queue = await heard()
+    except reports.TooManyPagesError:
+        return HttpResponse("Too many pages are open.", "text/plain", status=503)
     return StreamingHttpResponse(
-        stream(await subscription(), last_seen),
+        stream(queue, last_seen),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
+@csrf_exempt
+@require_POST
+async def run(request: HttpRequest, kind: str) -> HttpResponse:
+    if kind not in runs.RUNS:
+        raise Http404
+    broker, stock = await redis(), await stock_pool()
+    if runs.Latest.goes_on():
+        return HttpResponse("A run is going on already.", "text/plain", status=409)
+    address = request.scope["server"]  # where this request came in
+    work = runs.run(kind, broker, stock, address, request.get_host())
+    runs.Latest.task = spawn(work, name=f"run of {kind}")
+    return HttpResponse("Running.", "text/plain", status=202)
+
+
+@csrf_exempt
 @require_POST
 async def reset(request: HttpRequest) -> HttpResponse:
-    await (await redis()).publish("stock", "reset")
+    await (await redis()).publish("reset", "")
     return HttpResponse(status=204)
 
 
@@ -106,25 +134,34 @@ async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> Ht
     context = {
         "form": form,
         "messages": messages,
-        "endings": [(ending, ending.name in LOST) for ending in ENDINGS],
-        "losses": LOSSES,
+        "pairs": PAIRS,
+        "alone": ALONE,
+        "in_runs": sum(ending.is_in_runs for ending in [*PAIRS, *ALONE]),
+        "requests": len(runs.mixed_list()),
+        "fine": runs.MIX["fine"],
+        "address": f"{request.scheme}://{request.get_host()}",
         "django": django.get_version(),
         "python": platform.python_version(),
     }
-    return render(request, "wall.html", context, status=status)
+    return render(request, "page.html", context, status=status)
 
 
-async def stream(published: PubSub, last_seen: str) -> AsyncIterator[str]:
-    yield ": subscribed\n\n"
-    # Subscribed first: what comes between the two is sent twice rather than never. And not
-    # through db(), which would keep a connection for as long as the page is open.
+async def stream(queue: Any, last_seen: str) -> AsyncIterator[str]:
+    yield "retry: 1000\n: subscribed\n\n"
+    # Heard first: what comes between the two is sent twice rather than never. And not through
+    # db(), which would keep a connection for as long as the page is open.
     if re.fullmatch(r"[0-9]{1,18}", last_seen):
         for message in await (await pool()).fetch(MISSED, int(last_seen)):
             yield as_event("messages", as_json(message))
-    yield as_event("timeline", await timeline.latest(await redis()))
+    yield as_event("timeline", await reports.latest(await redis()))
     while True:
-        news = await published.get_message(timeout=HEARTBEAT)
-        yield as_event(news["channel"], news["data"]) if news else ": still here\n\n"
+        try:
+            async with asyncio.timeout(HEARTBEAT):
+                channel, data = await queue.get()
+        except TimeoutError:
+            yield ": still here\n\n"
+        else:
+            yield as_event(channel, data)
 
 
 def as_json(message: Any) -> str:

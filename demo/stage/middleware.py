@@ -1,8 +1,9 @@
 """Middleware of the demo."""
 
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
 
-from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, HttpResponseForbidden
 from django.utils.decorators import async_only_middleware
 
 POLICY = (
@@ -36,6 +37,23 @@ def health(get_response: View) -> View:
     async def middleware(request: HttpRequest) -> HttpResponseBase:
         if request.path == "/health":
             return HttpResponse("Healthy.", content_type="text/plain")
+        return await get_response(request)
+
+    return middleware
+
+
+@async_only_middleware
+def no_other_site(get_response: View) -> View:
+    """
+    Nobody's page but ours has a browser end requests here. The endings have no token, so that they
+    can be called with curl, too; a browser says where a POST comes from, and curl does not.
+    """
+
+    async def middleware(request: HttpRequest) -> HttpResponseBase:
+        origin = request.headers.get("Origin")
+        if request.method == "POST" and origin is not None:
+            if urlsplit(origin).netloc != request.get_host():
+                return HttpResponseForbidden("From another site.", content_type="text/plain")
         return await get_response(request)
 
     return middleware

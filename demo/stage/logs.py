@@ -1,0 +1,39 @@
+"""What the demo says in its terminal."""
+
+import asyncio
+import logging
+
+import asyncpg
+
+from demo.mishaps import DeliberateError
+
+
+class WhatIsNews(logging.Filter):
+    """Not what fails on purpose, and no word of streams that end with the server."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError) or _is_an_end(record):
+            return False
+        if error is not None and _on_purpose(error, record):
+            record.exc_info = record.exc_text = None
+            return record.name == "scoped"  # what it says of a teardown is worth a line
+        return not (record.name == "django.request" and _path(record).endswith("/missing"))
+
+
+def _is_an_end(record: logging.LogRecord) -> bool:
+    """Uvicorn's error that a page is open while it ends: which is how it usually ends."""
+    return record.name == "uvicorn.error" and str(record.msg).startswith("Cancel ")
+
+
+def _on_purpose(error: BaseException, record: logging.LogRecord) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_on_purpose(one, record) for one in error.exceptions)
+    if isinstance(error, DeliberateError | asyncpg.ForeignKeyViolationError):
+        return True
+    is_an_ending = _path(record).startswith(("/stock/", "/scoped/"))
+    return isinstance(error, TimeoutError) and is_an_ending
+
+
+def _path(record: logging.LogRecord) -> str:
+    return str(getattr(getattr(record, "request", None), "path", ""))
