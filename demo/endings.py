@@ -118,7 +118,7 @@ async def release(request):
 
 async def turns(request):
     await turn()
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(1)
     return HttpResponse("It was this request's turn.")
 
 

@@ -27,6 +27,7 @@ class Page(Visitor):
         self.gauges: dict[str, dict[str, Any]] = {}
         self._heard: dict[str, float] = {}
         self.messages: list[str] = []
+        self.score: dict[str, Any] = {}
         self.before = 0.0
         self._connection: socket.socket | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -74,6 +75,7 @@ class Page(Visitor):
             self.gauges[data["process"]] = data["gauges"]
         elif "process" in data:
             self.gauges.pop(data["process"], None)  # its last report
+        self.score = data.get("score") or self.score
         for row in data["rows"]:
             self.rows[row["id"]] = row
 
@@ -109,7 +111,7 @@ class Page(Visitor):
 
     def settled(self) -> bool:
         """Nothing of ours is open but pages."""
-        open_ones = ("scopes",), ("pool", "in_use"), ("pool", "waiting")
+        open_ones = ("scopes",), ("scoped", "in_use"), ("scoped", "waiting")
         return not any(self.gauge(*names) for names in open_ones)
 
 

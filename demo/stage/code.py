@@ -13,6 +13,10 @@ class Line:
     is_marked: bool = False
     why: str = ""
 
+    @property
+    def indent(self) -> str:
+        return self.text[: len(self.text) - len(self.text.lstrip())]
+
 
 class Listing:
     """

@@ -90,7 +90,4 @@ class Observer:
 
 def _shown(row: Any) -> dict[str, Any]:
     query = timeline.cut(" ".join((row["query"] or "").split()), 80)
-    # How asyncpg cleans a connection before it lends it again; as one sees it after most requests.
-    if query.startswith("SELECT pg_advisory_unlock_all()"):
-        query = "cleaned and given back (RESET ALL …)"
     return {**row, "query": query, "seconds": max(row["seconds"] or 0, 0)}

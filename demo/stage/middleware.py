@@ -51,9 +51,9 @@ def no_other_site(get_response: View) -> View:
 
     async def middleware(request: HttpRequest) -> HttpResponseBase:
         origin = request.headers.get("Origin")
-        if request.method == "POST" and origin is not None:
-            if urlsplit(origin).netloc != request.get_host():
-                return HttpResponseForbidden("From another site.", content_type="text/plain")
+        is_told = request.method == "POST" and origin is not None
+        if is_told and urlsplit(origin).netloc != request.get_host():
+            return HttpResponseForbidden("From another site.", content_type="text/plain")
         return await get_response(request)
 
     return middleware

@@ -31,7 +31,9 @@ class StockPool:
         try:
             connection = await self.pool.acquire(timeout=timeout)
         except BaseException as error:
-            bar.ended, bar.error = time.time(), timeline.words(error)
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            bar.ended = time.time()
+            bar.error = "cancelled" if is_cancelled else timeline.words(error)
             raise
         finally:
             self.waiting -= 1

@@ -9,20 +9,27 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any
 
 from redis.asyncio import Redis
 
 from demo.stage import reports, timeline
 from demo.stage.buttons import ENDINGS, PAIRS
-from demo.stage.client import Answer, post
+from demo.stage.client import PATIENCE, Answer, post
 from demo.stage.pools import StockPool
 
 AT_ONCE = 8
 LEAVE_AFTER = 0.4  # seconds
 MIX = {
-    "fine": 125, "stream": 20, "missing": 12, "raises": 12,
-    "sync": 10, "leave": 8, "broken-stream": 10, "children": 3,
+    "fine": 125,
+    "stream": 20,
+    "missing": 12,
+    "raises": 12,
+    "sync": 10,
+    "leave": 8,
+    "broken-stream": 10,
+    "children": 3,
 }
 SIDES = ("scoped", "stock")
 
@@ -47,10 +54,14 @@ def mixed_list() -> list[str]:
 
 
 async def run(
-    kind: str, redis: Redis, stock: StockPool, address: tuple[str, int], host: str
+    kind: str, redis: Redis, pool: Any, stock: StockPool, address: tuple[str, int], host: str
 ) -> None:
-    """One of ``RUNS``, from pools that nothing has been lost of."""
+    """One of ``RUNS``, from equal pools: nothing is lost, and all connections are open."""
     await stock.reset()
+    for one in (pool, stock.pool):
+        async with AsyncExitStack() as stack:
+            for _ in range(one.get_max_size()):
+                await stack.enter_async_context(one.acquire(timeout=PATIENCE))
     await RUNS[kind](redis, address, host)
 
 

@@ -212,7 +212,7 @@ def _failed(sender: object, **kwargs: Any) -> None:
     error = sys.exception()
     if (row := current.get()) is not None and error is not None:
         row.error = words(error)
-        row.found_none = isinstance(error, TimeoutError)
+        row.found_none = found_none(error)
         row.change()
 
 
@@ -220,9 +220,15 @@ def words(error: BaseException) -> str:
     """What an error says, in one line that is not too long."""
     if isinstance(error, BaseExceptionGroup):
         return cut("; ".join(map(words, error.exceptions)))
-    if isinstance(error, TimeoutError):
+    if found_none(error):
         return "no connection was left, after a second of waiting"
-    return cut(" ".join(str(error).split()) or type(error).__name__)
+    text = re.sub(r" \(/[^)]*\)", "", str(error))  # without where a resource is declared
+    return cut(" ".join(text.split()) or type(error).__name__)
+
+
+def found_none(error: BaseException) -> bool:
+    """Whether it is that of a pool that had no connection left: a timeout of few words."""
+    return isinstance(error, TimeoutError) and not str(error)
 
 
 def cut(text: str, longest: int = LONGEST) -> str:

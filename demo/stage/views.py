@@ -104,11 +104,11 @@ async def events(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
 async def run(request: HttpRequest, kind: str) -> HttpResponse:
     if kind not in runs.RUNS:
         raise Http404
-    broker, stock = await redis(), await stock_pool()
+    broker, ours, stock = await redis(), await pool(), await stock_pool()
     if runs.Latest.goes_on():
         return HttpResponse("A run is going on already.", "text/plain", status=409)
     address = request.scope["server"]  # where this request came in
-    work = runs.run(kind, broker, stock, address, request.get_host())
+    work = runs.run(kind, broker, ours, stock, address, request.get_host())
     runs.Latest.task = spawn(work, name=f"run of {kind}")
     return HttpResponse("Running.", "text/plain", status=202)
 

@@ -106,7 +106,10 @@ function hear(report) {
     if (report.gauges) {
       const before = processes.get(report.process)?.gauges ?? {};
       processes.set(report.process, { gauges: { ...before, ...report.gauges }, heard: now() });
-      likes = report.gauges.likes ?? likes;
+      if ((report.gauges.likes ?? likes) !== likes) {
+        likes = report.gauges.likes;
+        for (const pair of pairs.values()) pair.sides.forEach(tell);
+      }
       if (report.gauges.activity !== undefined) showActivity(report.gauges);
     } else processes.delete(report.process);
     showGauges();
@@ -213,7 +216,7 @@ function draw(lane) {
   bar("request", data.began, end, 0, 3);
   if (data.first_byte !== null) bar("bytes", data.first_byte, data.last_byte ?? end, 0, 7);
   rows.forEach((strip, index) => {
-    for (const one of strip) {
+    for (const one of [...strip].sort((a, b) => (a.ready ?? 0) - (b.ready ?? 0))) {
       const isLost = lostOf(data).includes(one);
       const to = one.ended ?? (isLost ? (one.taken ?? data.began + axis) : end);
       if (one.ready === null) {
@@ -280,6 +283,7 @@ function tell({ data, item, heard }) {
     state = "lost";
     words = `${number(lost.length, "connection")} was lost for ${seconds(Math.max(...lost.map((bar) => bar.taken)) - data.ended)}`;
     if (lost.length > 1) words = words.replace(" was ", " were ");
+    words += ", then taken back";
   } else if (data.ended === null) {
     state = "open";
     const waits = data.bars.find((bar) => bar.ready === null && isOpen(bar));
@@ -374,10 +378,12 @@ function showActivity({ activity, away }) {
   if (activity === null) return showRows([{ cells: [`PostgreSQL is away: ${away}`] }]);
   const lost = Object.assign({}, ...[...processes.values()].map(({ gauges }) => gauges.lost));
   showRows(
-    activity.map(({ pid, application_name: name, state, seconds: since, query }) => ({
-      isLost: pid in lost,
-      cells: [pid, pid in lost ? `${name}: ${labels.get(lost[pid]) ?? lost[pid]}` : name, state ?? "", `${Math.floor(since)} s`, query],
-    })),
+    activity.map(({ pid, application_name: side, state, seconds: since, query }) => {
+      const isLost = pid in lost;
+      const name = isLost ? `${side}: lost by “${labels.get(lost[pid]) ?? lost[pid]}”` : side;
+      const isBack = !isLost && query.startsWith("SELECT pg_advisory_unlock_all()"); // as asyncpg cleans it
+      return { isLost, cells: [pid, name, state ?? "", `${Math.floor(since)} s`, isBack ? `given back: ${query}` : query] };
+    }),
   );
 }
 
