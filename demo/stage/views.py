@@ -147,7 +147,7 @@ async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> Ht
 
 
 async def stream(queue: Any, last_seen: str) -> AsyncIterator[str]:
-    yield "retry: 1000\n: subscribed\n\n"
+    yield ": subscribed\nretry: 1000\n\n"
     # Heard first: what comes between the two is sent twice rather than never. And not through
     # db(), which would keep a connection for as long as the page is open.
     if re.fullmatch(r"[0-9]{1,18}", last_seen):
