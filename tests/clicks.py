@@ -15,8 +15,8 @@ from collections import Counter
 
 import httpx
 
-from demo.stage.buttons import ENDINGS
 from demo.servers import postgres, redis
+from demo.stage.buttons import ENDINGS
 from tests.processes import Demo, eventually, ps
 from tests.watching import Page
 

@@ -53,16 +53,13 @@ def mixed_list() -> list[str]:
     return names
 
 
-async def run(
-    kind: str, redis: Redis, pool: Any, stock: StockPool, address: tuple[str, int], host: str
-) -> None:
-    """One of ``RUNS``, from equal pools: nothing is lost, and all connections are open."""
+async def make_equal(pool: Any, stock: StockPool) -> None:
+    """Nothing is lost of either pool, and all connections of both are open."""
     await stock.reset()
     for one in (pool, stock.pool):
         async with AsyncExitStack() as stack:
             for _ in range(one.get_max_size()):
                 await stack.enter_async_context(one.acquire(timeout=PATIENCE))
-    await RUNS[kind](redis, address, host)
 
 
 async def endings(redis: Redis, address: tuple[str, int], host: str) -> None:

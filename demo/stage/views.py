@@ -108,8 +108,13 @@ async def run(request: HttpRequest, kind: str) -> HttpResponse:
     if runs.Latest.goes_on():
         return HttpResponse("A run is going on already.", "text/plain", status=409)
     address = request.scope["server"]  # where this request came in
-    work = runs.run(kind, broker, ours, stock, address, request.get_host())
-    runs.Latest.task = spawn(work, name=f"run of {kind}")
+    host = request.get_host()
+
+    async def work() -> None:
+        await runs.make_equal(ours, stock)
+        await runs.RUNS[kind](broker, address, host)
+
+    runs.Latest.task = spawn(work(), name=f"run of {kind}")
     return HttpResponse("Running.", "text/plain", status=202)
 
 

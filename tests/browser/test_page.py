@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import django
 import pytest
-
 from demo.buttons import ENDINGS, LOST
+
 from tests.browser.conftest import Open, tabs
 from tests.processes import Demo, eventually
 
