@@ -164,9 +164,9 @@ class TestOurs:
             assert [click.result().status_code for click in clicks] == [200, 200]
         assert waits[0]["ended"] is None
         rows = page.ended("/scoped/turns", 2)
+        assert all(len(row["bars"]) == 1 for row in rows)  # what waited is what was set up
         first, second = sorted((bars(row)["turn"] for row in rows), key=lambda bar: bar["ready"])
         assert first["ended"] <= second["ready"] + 0.1
-        assert all(len(row["bars"]) == 1 for row in rows)  # what waited is what was set up
 
     @pytest.mark.parametrize(
         ("name", "resource", "words"),

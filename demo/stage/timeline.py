@@ -95,7 +95,15 @@ class Row:
 
     def end(self, ending: str) -> None:
         self.ended, self.ending = time.time(), ending
+        if self.kind != "stock":  # whose child tasks may go on waiting
+            # What was seen to wait, and got no word, was a moment's mistake.
+            self.bars = [bar for bar in self.bars if bar.ready is not None or bar.ended is not None]
         self.change()
+
+    @property
+    def held(self) -> set[str]:
+        """The names of what is set up."""
+        return {bar.name for bar in self.bars if bar.ready is not None and bar.is_open}
 
     def change(self) -> None:
         if not self.run:
@@ -104,7 +112,9 @@ class Row:
     @property
     def lost(self) -> int:
         """How much of it is still held, though its request is over."""
-        return 0 if self.ended is None else sum(bar.is_open for bar in self.bars)
+        if self.ended is None:
+            return 0
+        return sum(bar.is_open and bar.ready is not None for bar in self.bars)
 
 
 _changed: dict[str, Row] = {}  # since the pages were last told
@@ -189,7 +199,7 @@ class Recorder:
             current.reset(token)
             row.end(ending)
             _unfinished.pop(row.id, None)
-            if row.lost:
+            if any(bar.is_open for bar in row.bars):
                 _leaky.append(row)
 
 
@@ -305,13 +315,15 @@ def _name(resource: Resource[Any]) -> str:
 
 def note_waits(scopes: list[OpenScope]) -> None:
     """
-    What waits for its set-up right now becomes a bar: the signal comes when it is over. Of
-    requests with one title the oldest row is the oldest scope.
+    What waits for its set-up right now becomes a bar: the signal comes when it is over. A scope's
+    row has its title, and holds what it holds.
     """
-    for row in list(_unfinished.values()):
-        for scope in scopes:
-            if row.has_scope and scope.name.endswith(row.title):
-                scopes.remove(scope)
+    rows = [row for row in _unfinished.values() if row.has_scope]
+    for scope in scopes:
+        held = {name.rpartition(".")[2] for name in scope.resources}
+        for row in rows if scope.being_set_up else []:
+            if scope.name.endswith(row.title) and row.held == held:
+                rows.remove(row)
                 for name in scope.being_set_up:
                     row.bar(name.rpartition(".")[2])
                 break

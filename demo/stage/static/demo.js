@@ -88,10 +88,19 @@ function showCode(name) {
 
 // Listen
 
-const events = new EventSource(`${document.body.dataset.events}?after=${document.body.dataset.after}`);
-events.onmessage = ({ data }) => showMessage(JSON.parse(data));
-events.addEventListener("timeline", ({ data }) => hear(JSON.parse(data)));
-events.onerror = () => showState(false);
+let after = document.body.dataset.after; // the latest message
+
+function listen() {
+  const events = new EventSource(`${document.body.dataset.events}?after=${after}`);
+  events.onmessage = ({ data }) => showMessage(JSON.parse(data));
+  events.addEventListener("timeline", ({ data }) => hear(JSON.parse(data)));
+  events.onerror = () => {
+    showState(false);
+    // It tries again by itself, but not where a proxy has answered that there is no server.
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 1000);
+  };
+}
+listen();
 
 function showState(isHere) {
   document.body.classList.toggle("away", !isHere);
@@ -166,7 +175,7 @@ function begin(key, data) {
 }
 
 const isOpen = (bar) => bar.ended === null && bar.taken === null;
-const lostOf = (data) => (data.ended === null ? [] : data.bars.filter((bar) => bar.ended === null));
+const lostOf = (data) => (data.ended === null ? [] : data.bars.filter((bar) => bar.ready !== null && bar.ended === null));
 const isLive = ({ data }) => data.ended === null || data.bars.some(isOpen);
 
 // For as long as it lived; what is lost runs on, past any axis.
@@ -366,7 +375,7 @@ function showScore(score) {
   const { scoped, stock } = score;
   const kept = scoped.lost ? `lost ${scoped.lost}` : "lost no connection";
   const sentence = score.over
-    ? `Of ${scoped.fine} requests that only want an answer, scoped answered ${scoped.answered} and ${kept}; ${django} answered ${stock.answered} and lost ${number(stock.lost, "connection")}.`
+    ? `Of ${scoped.fine} plain requests, scoped answered ${scoped.answered} and ${kept}; ${django} answered ${stock.answered} and lost ${stock.lost}.`
     : `Running: scoped has answered ${scoped.sent} of ${score.of} requests, ${django} ${stock.sent}.`;
   set(byId("sentence"), sentence);
   byId("sentence").dataset.over = String(score.over);
@@ -421,6 +430,7 @@ byId("form").addEventListener("submit", async (event) => {
 
 function showMessage(message) {
   const id = `message-${message.id}`;
+  after = message.id;
   if (byId(id)) return; // may come twice
   const item = byId("blank").content.cloneNode(true).firstChild;
   const time = item.querySelector("time");
