@@ -55,7 +55,12 @@ async function post(path, headers = {}, signal = undefined) {
   }
 }
 
-const say = (text) => set(byId("answer"), text);
+const nothingToSay = byId("answer").textContent;
+
+function say(text) {
+  set(byId("answer"), text || nothingToSay);
+  byId("answer").classList.toggle("told", Boolean(text));
+}
 
 async function run(button) {
   say("");
@@ -369,7 +374,7 @@ function showCells(svg, most, used, lost, idle) {
 function showScore(score) {
   for (const side of ["scoped", "stock"]) {
     const { sent, found_none: none, p50, p99 } = score[side];
-    const parts = [`of ${sent} requests`, none && `${none} found no connection left`, p50 !== null && `p50 ${p50} ms`, p99 !== null && `p99 ${p99} ms`];
+    const parts = [`of ${sent}`, none && `${none} found no connection left`, p50 !== null && `p50 ${p50} ms`, p99 !== null && `p99 ${p99} ms`];
     set(byId(`${side}-score`), parts.filter(Boolean).join(" · "));
   }
   const { scoped, stock } = score;
