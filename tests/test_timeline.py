@@ -231,7 +231,12 @@ class TestStockDjango:
         (row,) = page.ended(path)
         lost = [bar for bar in row["bars"] if bar["ended"] is None]
         assert row["kind"] == "stock"
-        assert len(lost) == (0 if name not in LOST else SIZE if name == "children" else 1)
+        if name == "children" and lost:  # as many as the pool opens within a second
+            assert len(row["bars"]) == 10
+            assert all(bar["error"] for bar in row["bars"] if bar not in lost)
+        else:
+            assert len(lost) == (name in LOST)
+        assert bool(lost) == (name in LOST)
         eventually(lambda: page.gauge("stock", "lost") == len(lost))
         assert page.gauge("stock", "in_use") == len(lost)
         pids = {pid: name for one in page.gauges.values() for pid, name in one["lost"].items()}
@@ -263,8 +268,7 @@ class TestStockDjango:
         self, page: Page, demo: Demo
     ) -> None:
         reset(page)
-        end(page, "/stock/children")
-        eventually(lambda: page.gauge("stock", "lost") == SIZE)
+        lose_all(page)
         assert page.click("/stock/fine").status_code == 500
         (row,) = page.ended("/stock/fine")
         assert row["found_none"]
@@ -275,8 +279,16 @@ class TestStockDjango:
         eventually(page.settled)
         reset(page)
         assert page.click("/stock/fine").status_code == 200
-        assert "Traceback" not in demo.output  # what fails on purpose has none
+        assert "TimeoutError" not in demo.output  # what fails on purpose has no traceback
         reset(page)
+
+
+def lose_all(page: Page) -> None:
+    """Ten at a time, or as many as there are."""
+    while page.gauge("stock", "lost") < SIZE:
+        before = page.gauge("stock", "lost")
+        page.post("/stock/children")
+        eventually(lambda before=before: page.gauge("stock", "lost") > before)
 
 
 def activity(page: Page, side: str) -> list[dict[str, Any]]:
@@ -440,8 +452,7 @@ class TestSeveralProcesses:
             (row,) = page.ended("/scoped/fine")
             assert row == other.ended("/scoped/fine")[0]
             eventually(lambda: "from the second" in page.messages)
-            end(other, "/stock/children")
-            eventually(lambda: page.gauge("stock", "lost") == SIZE)
+            eventually(lambda: other.post("/stock/children") and page.gauge("stock", "lost") > 0)
             reset(page)  # reaches the other process, too
             assert other.click("/stock/stream").status_code == 200
             reset(page)
