@@ -214,7 +214,8 @@ class TestTheImage:
         assert [source for source in copied if not (ROOT / source).exists()] == []
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert {"pyproject.toml", "scoped", "demo"} < set(copied)
-        assert {project["readme"], *project["license-files"]} < set(copied)  # its build reads them
+        # Its build reads these; the README, with hatch_build.py.
+        assert {"README.md", "hatch_build.py", *project["license-files"]} < set(copied)
 
 
 class TestPasswordsOfAnyCharacters:
