@@ -161,6 +161,24 @@ class TestTheWall:
         assert response.status_code == 403
         assert text not in visitor.page()
 
+    def test_where_a_proxy_in_front_speaks_tls_its_origin_is_ours(
+        self, postgres_url: str, redis_url: str
+    ) -> None:
+        environment = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
+        environment |= {"ALLOWED_HOSTS": "demo.example"}
+        environment |= {"CSRF_TRUSTED_ORIGINS": "https://demo.example"}
+        form = {"text": unique(), "csrfmiddlewaretoken": "x" * 32}
+        headers = {"Host": "demo.example", "Cookie": f"csrftoken={'x' * 32}"}
+        with Demo("--port", "0", **environment) as demo, Visitor(demo) as visitor:
+            for origin, statuses in {
+                "https://demo.example": (303, 200),
+                "https://other.example": (403, 403),
+            }.items():
+                told = headers | {"Origin": origin}
+                written = visitor.post("/messages", data=form, headers=told)
+                clicked = visitor.post("/scoped/fine", headers=told)
+                assert (written.status_code, clicked.status_code) == statuses
+
     def test_a_host_that_is_not_ours_is_refused(self, visitor: Visitor) -> None:
         assert visitor.get("/", headers={"Host": "elsewhere.example"}).status_code == 400
 

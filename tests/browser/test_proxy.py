@@ -203,21 +203,3 @@ def test_who_asks_waits_no_longer_than_a_moment_for_a_process_that_is_gone(
             site.names.addresses.remove("127.0.0.99")
             for one in waiting:
                 one.close()
-
-
-def test_where_a_proxy_in_front_speaks_tls_its_origin_is_ours(
-    postgres_url: str, redis_url: str
-) -> None:
-    environment = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
-    environment |= {"ALLOWED_HOSTS": "demo.example"}
-    environment |= {"CSRF_TRUSTED_ORIGINS": "https://demo.example"}
-    with Demo("--port", "0", **environment) as demo, Visitor(demo) as visitor:
-        visitor.headers |= {"Host": "demo.example"}
-        visitor.cookies.set("csrftoken", "x" * 32)
-        form = {"text": "over TLS", "csrfmiddlewaretoken": "x" * 32}
-        cookie = {"Cookie": f"csrftoken={'x' * 32}"}
-        for origin, status in (("https://demo.example", 303), ("https://other.example", 403)):
-            headers = {"Origin": origin, **cookie}
-            assert visitor.post("/messages", data=form, headers=headers).status_code == status
-            click = visitor.post("/scoped/fine", headers=headers)
-            assert click.status_code == (200 if status == 303 else 403)
