@@ -5,6 +5,7 @@ import json
 import platform
 import re
 from collections.abc import AsyncIterator, Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from django.http import (
     StreamingHttpResponse,
 )
 from django.shortcuts import render
+from django.template.loader import render_to_string
 from django.urls import reverse
+from django.utils.safestring import SafeString
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_GET, require_POST, require_safe
 
 from demo.resources import db, pool, redis
 from demo.stage import reports, runs
-from demo.stage.buttons import ALONE, PAIRS, Ending
+from demo.stage.buttons import ALONE, ENDINGS, PAIRS, Ending
 from demo.stage.pools import stock_pool
 from demo.stage.resources import heard
 from scoped import spawn
@@ -144,11 +147,17 @@ async def show(request: HttpRequest, form: MessageForm, status: int = 200) -> Ht
         "in_runs": sum(ending.is_in_runs for ending in [*PAIRS, *ALONE]),
         "requests": len(runs.mixed_list()),
         "fine": runs.MIX["fine"],
-        "address": f"{request.scheme}://{request.get_host()}",
+        "code": code(),
         "django": django.get_version(),
         "python": platform.python_version(),
     }
     return render(request, "page.html", context, status=status)
+
+
+@cache
+def code() -> SafeString:
+    """The code of all endings, which takes longer to put on a page than all the rest of it."""
+    return render_to_string("code.html", {"endings": ENDINGS, "django": django.get_version()})
 
 
 async def stream(queue: Any, last_seen: str) -> AsyncIterator[str]:

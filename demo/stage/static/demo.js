@@ -55,6 +55,9 @@ async function post(path, headers = {}, signal = undefined) {
   }
 }
 
+// By the name that this page is called by, whatever proxies there are.
+for (const line of all("[data-path]")) set(line, `curl -X POST ${location.origin}${line.dataset.path}`);
+
 const nothingToSay = byId("answer").textContent;
 
 function say(text) {
