@@ -149,7 +149,7 @@ async def test_it_commits_before_the_first_byte(shows, serve, database, view):
         seen.append(database.booked())
 
     async with serve(path("", getattr(shows.views, view))) as site:
-        answer = await site.get("/?show=1", before_send=look)
+        answer = await site.post("/", show="1", before_send=look)
     assert (answer.status, answer.body) == (200, b"Booked.")
     assert seen[0] == [1]
 
@@ -167,7 +167,7 @@ async def test_a_commit_that_fails_is_a_500_and_never_a_false_200(shows, serve, 
         return returned[-1]
 
     async with serve(path("", locals()[view])) as site:
-        answer = await site.get("/?show=2")
+        answer = await site.post("/", show="2")
     assert returned[0].content == b"Booked."
     assert answer.status == 500
     assert b"Booked." not in answer.body
@@ -188,7 +188,7 @@ async def test_a_view_that_raises_rolls_back(shows, serve, database, kind, error
         raise error
 
     async with serve(path("", async_view if kind == "async" else sync_view)) as site:
-        assert (await site.get("/?show=1")).status == status
+        assert (await site.post("/", show="1")).status == status
     assert database.booked() == []
 
 
@@ -198,7 +198,7 @@ async def test_an_answer_of_any_status_commits(shows, serve, database):
         return HttpResponse(status=400)
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?show=1")).status == 400
+        assert (await site.post("/", show="1")).status == 400
     assert database.booked() == [1]
 
 
@@ -218,7 +218,7 @@ async def test_children_are_in_the_transaction_of_the_request(shows, serve, data
         return HttpResponse()
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?show=1")).status == (404 if fails else 200)
+        assert (await site.post("/", show="1")).status == (404 if fails else 200)
     assert inside == [True] * 3
     assert database.booked() == ([] if fails else [1, 1, 1])
 
@@ -233,7 +233,7 @@ async def test_a_view_that_is_cut_off_rolls_back(shows, serve, database, who):
         await asyncio.Event().wait()
 
     async with serve(path("hangs", view), path("", shows.views.book)) as site:
-        request = site.open("/hangs?show=1")
+        request = site.open("/hangs", form={"show": "1"})
         task = request.start()
         await reached.wait()
         if who == "client":
@@ -245,7 +245,7 @@ async def test_a_view_that_is_cut_off_rolls_back(shows, serve, database, who):
                 await task
         assert request.sent == []
         assert database.booked() == []
-        assert (await site.get("/?show=1")).status == 200  # nobody is left with its transaction
+        assert (await site.post("/", show="1")).status == 200  # nobody is left with its transaction
         assert database.booked() == [1]
 
 
@@ -260,7 +260,7 @@ async def test_a_stream_begins_after_the_commit(shows, serve, database):
         return StreamingHttpResponse(body())
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?show=1")).body == b"[1]1"
+        assert (await site.post("/", show="1")).body == b"[1]1"
 
 
 @async_only_middleware
@@ -277,9 +277,9 @@ def booking_middleware(get_response):
 async def test_what_middleware_writes_is_in_it(shows, serve, database):
     middleware = [f"{__name__}.booking_middleware"]
     async with serve(path("", shows.views.book), MIDDLEWARE=middleware) as site:
-        assert (await site.get("/?show=1&and=1")).status == 200
+        assert (await site.post("/?and=1", show="1")).status == 200
         assert database.booked() == [1, 1]
-        assert (await site.get("/?show=1&and=2")).status == 500
+        assert (await site.post("/?and=2", show="1")).status == 500
         assert database.booked() == [1, 1]
 
 
@@ -311,8 +311,8 @@ async def test_on_commit_is_called_before_the_first_byte(shows, serve, database,
         return HttpResponse()
 
     async with serve(path("robust", robust), path("bare", bare)) as site:
-        assert (await site.get("/robust?show=1")).status == 200
-        assert (await site.get("/bare?show=1")).status == 500
+        assert (await site.post("/robust", show="1")).status == 200
+        assert (await site.post("/bare", show="1")).status == 500
     assert log == [[1], [1, 1]]
     assert database.booked() == [1, 1]
 
@@ -367,7 +367,7 @@ async def test_a_write_is_refused_and_the_next_request_may(shows, project, serve
     async with serve(path("reads", reads), path("", shows.views.book)) as site:
         assert (await site.get("/reads")).status == 500
         assert database.booked() == []
-        assert (await site.get("/?show=1")).status == 200
+        assert (await site.post("/", show="1")).status == 200
     assert refused == [InternalError if database.vendor == "postgresql" else OperationalError]
     assert database.booked() == [1]
 
@@ -430,7 +430,7 @@ async def test_persistent_connections(shows, project, serve, database, opened, a
     opened.clear()
     async with serve(path("", shows.views.book)) as site:
         for _ in range(10):
-            assert (await site.get("/?show=1")).status == 200
+            assert (await site.post("/", show="1")).status == 200
         assert len(opened) == (1 if age else 10)
         last, _ = opened[-1]
         assert (last.connection is not None) == bool(age)
@@ -470,9 +470,9 @@ async def test_a_pool_has_all_its_connections_after_a_request(shows, project, se
     try:
         async with serve(path("", view), path("fails", fails)) as site:
             for _ in range(5):
-                assert (await site.get("/?show=1")).status == 200
-                assert (await site.get("/fails?show=1")).status == 404
-            answers = await asyncio.gather(*[site.get("/?show=1") for _ in range(20)])
+                assert (await site.post("/", show="1")).status == 200
+                assert (await site.post("/fails", show="1")).status == 404
+            answers = await asyncio.gather(*[site.post("/", show="1") for _ in range(20)])
             assert {answer.status for answer in answers} == {200}
             pool = await sync_to_async(lambda: connection.pool)()
             async with asyncio.timeout(20):  # a worker of the pool's takes them back
@@ -495,11 +495,11 @@ def ends(folder, url, handler):
     for name, text in pages.files(pages.DOCS / ASYNC_BACKEND[0], ASYNC_BACKEND[1]).items():
         (folder / name).write_text(text)
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.projects.async_backend", url, handler],
+        [sys.executable, "-m", "tests.projects.async_backend", handler],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=os.environ | {"PYTHONPATH": str(folder), "DATABASE_URL": url},
         timeout=50,
         check=False,
     )

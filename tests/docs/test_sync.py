@@ -21,7 +21,7 @@ from scoped.core.waits import run_without_loop
 from scoped.testing import Client
 from scoped.wsgi import ScopedWSGIHandler
 from tests.docs.project import urls
-from tests.wsgi_server import call
+from tests.wsgi_server import call, form
 
 SYNC = ("sync.md", "Sync code")
 IN_SYNC_VIEWS = ("sync.md", "Async resources in a sync view")
@@ -48,7 +48,7 @@ def _fresh():
 async def test_the_views_under_asgi(project, serve, notes):
     views = project(SYNC).views
     async with serve(path("", views.index), path("post", views.post)) as site:
-        assert (await site.get("/post?text=one")).body == b"Saved."
+        assert (await site.post("/post", text="one")).body == b"Saved."
         assert (await site.get("/")).body == b"1"
     assert await notes() == ["one"]
 
@@ -66,7 +66,7 @@ async def test_it_commits_before_the_first_byte(project, serve, notes, autocommi
         seen.append(await notes())
 
     async with serve(path("", view)) as site:
-        await site.get("/?text=one", before_send=look)
+        await site.post("/", text="one", before_send=look)
     assert seen[0] == (["one"] if autocommit else [])
     assert await notes() == ["one"]
 
@@ -77,7 +77,8 @@ async def test_the_views_under_wsgi(project, notes):
     assert isinstance(application, ScopedWSGIHandler)
     with urls(path("", views.index), path("post", views.post)):
         get = sync_to_async(call)
-        assert await get(application, "/post", QUERY_STRING="text=one") == ("200 OK", b"Saved.")
+        assert await get(application, "/post") == ("405 Method Not Allowed", b"")
+        assert await get(application, "/post", **form("text=one")) == ("200 OK", b"Saved.")
         assert await get(application, "/") == ("200 OK", b"1")
     assert await notes() == ["one"]
 

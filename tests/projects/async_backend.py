@@ -3,12 +3,13 @@ django-async-backend, whose app changes every model and every request of its pro
 as JSON, the connections that each ending of a request leaves open under Django's handler or
 under ours::
 
-    python -m tests.projects.async_backend DATABASE_URL django|scoped
+    DATABASE_URL=... python -m tests.projects.async_backend django|scoped
 """
 
 import asyncio
 import json
 import logging
+import os
 import sys
 from urllib.parse import urlsplit
 
@@ -16,7 +17,8 @@ import django
 import psycopg
 from django.conf import settings
 
-URL, HANDLER = sys.argv[1:]
+# Not an argument: every account of the machine could read its password.
+URL, [HANDLER] = os.environ["DATABASE_URL"], sys.argv[1:]
 url = urlsplit(URL)
 settings.configure(
     ALLOWED_HOSTS=["*"],
@@ -144,7 +146,7 @@ ENDINGS = [
 
 async def end(handler, name, how):
     reached.clear()
-    request = Connection(handler, f"/{name}")
+    request = Connection(handler, f"/{name}", method="POST")
     task = request.start()
     if how:
         await reached.wait()
@@ -187,7 +189,7 @@ async def main():
 
         failed = await end(handler, "fails", "")
         found["failed"] = [failed.status, titles()]
-        request = Connection(handler, "/book", before_send=look)
+        request = Connection(handler, "/book", method="POST", before_send=look)
         await request.run()
         found["booked"] = [request.status, seen[0]]
     own.execute("DROP TABLE shows_show")
