@@ -44,7 +44,7 @@ from async_views import book  # noqa: E402  (the page's)
 from django.core.handlers.asgi import ASGIHandler  # noqa: E402
 from django.http import HttpResponse, StreamingHttpResponse  # noqa: E402
 from django.urls import path  # noqa: E402
-from django_async_backend.db import async_connections, async_new_connection  # noqa: E402
+from django_async_backend.db import async_connections  # noqa: E402
 from resources import async_transaction  # noqa: E402
 
 from scoped.asgi import ScopedASGIHandler  # noqa: E402
@@ -115,18 +115,12 @@ async def child(request):
     return HttpResponse(await asyncio.create_task(select()))
 
 
-async def children(request):
-    await use()
-    both = await asyncio.gather(*[async_new_connection(select()) for _ in range(2)])
-    return HttpResponse(str(both))
-
-
 async def fails(request):
     await book(request)
     raise ValueError
 
 
-VIEWS = [answers, raises, streams, stream_raises, hangs, stream_hangs, child, children]
+VIEWS = [answers, raises, streams, stream_raises, hangs, stream_hangs, child]
 urlpatterns = [path(view.__name__, view) for view in [*VIEWS, book, fails]]
 ENDINGS = [
     ("answers", ""),
@@ -138,7 +132,6 @@ ENDINGS = [
     ("stream_hangs", "client gone"),
     ("stream_hangs", "server cancels"),
     ("child", ""),
-    ("children", ""),
 ]
 
 
