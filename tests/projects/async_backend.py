@@ -34,7 +34,7 @@ settings.configure(
     INSTALLED_APPS=["scoped", "django_async_backend"],
     LOGGING_CONFIG=None,
     ROOT_URLCONF=__name__,
-    SECRET_KEY="async_backend",
+    SECRET_KEY="backend",
     USE_TZ=True,
 )
 django.setup()
