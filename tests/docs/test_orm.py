@@ -490,6 +490,8 @@ async def test_a_pool_has_all_its_connections_after_a_request(shows, project, se
 
 # django-async-backend, in a process of its own, as it changes every model
 
+# It is in the dependency group `async-backend`: .ci/run runs these with it too.
+
 
 needs_async_backend = pytest.mark.only_if(
     importlib.util.find_spec("django_async_backend") is not None,
