@@ -237,6 +237,85 @@ class TestWhoCancelsIsKnown:
         assert log == ["pool"]
 
 
+class TestHandedOver:
+    """Promises 2 and 24: a set-up that succeeds is handed to those who wait for it."""
+
+    @pytest.mark.parametrize("count", [1, 3])
+    async def test_to_tasks_though_it_is_released_in_the_same_moment(
+        self, count: int, log: list[str]
+    ) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            await go_on.wait()
+            log.append("up")
+            yield f"db {log.count('up')}"
+            log.append("down")
+
+        async with request_scope():
+            waiting = [asyncio.create_task(db()) for _ in range(count)]
+            await turns()
+            taken = asyncio.create_task(self.release_when_it_is_there(db))
+            go_on.set()
+            await taken
+            assert await asyncio.gather(*waiting) == ["db 1"] * count
+            assert log == ["up", "down"]
+
+    @staticmethod
+    async def release_when_it_is_there(resource: Any) -> None:
+        """In the turn in which those who wait are about to be woken."""
+        while True:
+            try:
+                resource.get_nowait()
+            except AsyncResourceError:
+                await asyncio.sleep(0)
+            else:
+                break
+        await resource.release()
+
+    def test_to_threads_though_it_is_released_before_they_go_on(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go_on, released = (threading.Event() for _ in range(3))
+        real = first_use._is_for
+
+        def late(*args: Any, **kwargs: Any) -> bool:
+            assert released.wait(DEADLINE)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(first_use, "_is_for", late)
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            log.append("up")
+            yield f"tenant {log.count('up')}"
+            log.append("down")
+
+        def set_up_and_release() -> None:
+            found.append(tenant())
+            tenant.release()
+            released.set()
+
+        def wait() -> None:
+            found.append(tenant())
+
+        found: list[str] = []
+        with request_scope() as scope:
+            first = in_thread(set_up_and_release, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+            second = in_thread(wait, contextvars.copy_context())
+            while not scope.records[tenant.resource].waiters:
+                time.sleep(0.001)
+            go_on.set()
+            first.join(DEADLINE)
+            second.join(DEADLINE)
+            assert found == ["tenant 1", "tenant 1"]
+            assert log == ["up", "down"]
+
+
 class TestRelease:
     """Promise 24: no retry without bound, and nobody waits for himself."""
 
