@@ -9,6 +9,7 @@ import gc
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -273,6 +274,45 @@ class TestHandedOver:
             else:
                 break
         await resource.release()
+
+    @pytest.mark.parametrize("count", [1, 3])
+    async def test_not_where_the_scope_closes_in_that_moment(
+        self, count: int, log: list[str]
+    ) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            await go_on.wait()
+            yield "db"
+            log.append("down")
+
+        async with request_scope() as scope:
+            waiting = [asyncio.create_task(db()) for _ in range(count)]
+            await turns()
+            go_on.set()
+            while scope.records[db.resource].state != HELD:
+                await asyncio.sleep(0)
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(outcome, ScopeClosedError)
+        assert log == ["down"]
+
+    async def test_an_error_that_many_are_told_has_no_more_frames_than_for_one(self) -> None:
+        @request_scoped
+        async def db() -> str:
+            await turns(3)
+            raise ValueError("db")
+
+        frames: list[int] = []
+        for count in (1, 50):
+            async with request_scope():
+                asking = [asyncio.create_task(db()) for _ in range(count)]
+                outcomes = await asyncio.gather(*asking, return_exceptions=True)
+            assert len(set(map(id, outcomes))) == 1
+            error = outcomes[0]
+            assert isinstance(error, ValueError)
+            frames.append(len(list(traceback.walk_tb(error.__traceback__))))
+        assert frames[1] <= frames[0] + 4
 
     def test_to_threads_though_it_is_released_before_they_go_on(
         self, log: list[str], monkeypatch: pytest.MonkeyPatch
