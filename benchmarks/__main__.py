@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import datetime
 import os
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from benchmarks.contenders import Contender, async_exit_stack, by_hand, ours
 from benchmarks.measure import Outcome, interleave, pin, ratios, timed
 from benchmarks.memory import SCOPES, bytes_per_scope
 from benchmarks.peers import CANNOT, PEERS
+from benchmarks.questions import WORKS, Work
 from benchmarks.report import Machine, Question, summary, write
 from benchmarks.steps import STEPS
 
@@ -83,48 +83,6 @@ QUICK = Plan(
     uvicorn=2,
     uvicorn_seconds=1,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A question about scopes, and how to put it."""
-
-    key: str
-    title: str
-    kind: str  # of work, as check() names it
-    unit: str
-    goal: float
-    n: int
-    do: Callable[[Contender], Callable[[int], Awaitable[object]]]
-    text: str = ""
-
-
-WORKS = [
-    Work(
-        *("cached", "Cached access", "cached", "hand-written", 1.15, 50_000),
-        lambda contender: contender.cached,  # type: ignore[arg-type,return-value]
-        "`await db()`, for the second time and later in a scope.",
-    ),
-    Work(
-        *("one", "A scope with one async generator", "one", "AsyncExitStack", 0.85, 2_000),
-        lambda contender: contender.one,
-        "From opening the scope to having closed it.",
-    ),
-    Work(
-        *("chain-10", "A chain of 5, each used 10 times", "chain", "AsyncExitStack", 1.4, 300),
-        lambda contender: lambda n: contender.chain(n, 10),
-        "From opening the scope to having closed it, with 50 uses in between.",
-    ),
-    Work(
-        *("chain-1", "A chain of 5, each used once", "chain", "AsyncExitStack", 0.9, 500),
-        lambda contender: lambda n: contender.chain(n, 1),
-    ),
-    Work(
-        *("empty", "An empty scope", "empty", "AsyncExitStack", 1.2, 5_000),
-        lambda contender: contender.empty,
-        "What a scope costs in which nothing is used.",
-    ),
-]
 
 
 class Run:

@@ -34,6 +34,16 @@ CANNOT = {
 
 
 def dishka() -> Contender:
+    return _dishka("dishka", "a request's container takes no lock unless told to")
+
+
+def dishka_with_locks() -> Contender:
+    return _dishka("dishka, with locks", "`lock_factory=asyncio.Lock`", asyncio.Lock)
+
+
+def _dishka(
+    name: str, note: str, lock_factory: Callable[[], asyncio.Lock] | None = None
+) -> Contender:
     from dishka import Provider, Scope, make_async_container
 
     provider = Provider(scope=Scope.REQUEST)
@@ -43,18 +53,18 @@ def dishka() -> Contender:
 
     async def empty(n: int) -> None:
         for _ in range(n):
-            async with container():
+            async with container(lock_factory=lock_factory):
                 pass
 
     async def one(n: int) -> Part:
         for _ in range(n):
-            async with container() as scope:
+            async with container(lock_factory=lock_factory) as scope:
                 value = await scope.get(A)
         return value
 
     async def chain(n: int, uses: int) -> Parts:
         for _ in range(n):
-            async with container() as scope:
+            async with container(lock_factory=lock_factory) as scope:
                 for _ in range(uses):
                     fifth = await scope.get(E)
                     fourth = await scope.get(D)
@@ -64,32 +74,33 @@ def dishka() -> Contender:
         return first, second, third, fourth, fifth
 
     async def cached(n: int) -> Part:
-        async with container() as scope:
+        async with container(lock_factory=lock_factory) as scope:
             for _ in range(n):
                 value = await scope.get(A)
         return value
 
     async def hold(held: list[Part], release: asyncio.Event) -> None:
-        async with container() as scope:
+        async with container(lock_factory=lock_factory) as scope:
             held.append(await scope.get(A))
             await release.wait()
 
-    return Contender(
-        "dishka",
-        empty,
-        one,
-        chain,
-        cached,
-        hold,
-        "a request's container takes no lock unless told to",
-    )
+    return Contender(name, empty, one, chain, cached, hold, note)
 
 
 def wireup() -> Contender:
+    return _wireup("wireup", "a scope takes no lock unless told to", locks=False)
+
+
+def wireup_with_locks() -> Contender:
+    return _wireup("wireup, with locks", "`concurrent_scoped_access=True`", locks=True)
+
+
+def _wireup(name: str, note: str, *, locks: bool) -> Contender:
     from wireup import create_async_container, injectable
 
     container = create_async_container(
-        injectables=[injectable(lifetime="scoped")(factory) for factory in _FACTORIES.values()]
+        injectables=[injectable(lifetime="scoped")(factory) for factory in _FACTORIES.values()],
+        concurrent_scoped_access=locks,
     )
 
     async def empty(n: int) -> None:
@@ -125,10 +136,20 @@ def wireup() -> Contender:
             held.append(await scope.get(A))
             await release.wait()
 
-    return Contender("wireup", empty, one, chain, cached, hold)
+    return Contender(name, empty, one, chain, cached, hold, note)
 
 
 def diwire() -> Contender:
+    return _diwire(
+        "diwire", "strict mode, compiled, without its locks and its resolver context", locks=False
+    )
+
+
+def diwire_with_locks() -> Contender:
+    return _diwire("diwire, with locks", "the same with the locks that are its default", locks=True)
+
+
+def _diwire(name: str, note: str, *, locks: bool) -> Contender:
     from diwire import (
         Container,
         DependencyRegistrationPolicy,
@@ -141,7 +162,7 @@ def diwire() -> Contender:
     container = Container(
         missing_policy=MissingPolicy.ERROR,
         dependency_registration_policy=DependencyRegistrationPolicy.IGNORE,
-        lock_mode=LockMode.NONE,
+        lock_mode="auto" if locks else LockMode.NONE,
         use_resolver_context=False,
     )
     for cls, factory in _FACTORIES.items():
@@ -183,15 +204,7 @@ def diwire() -> Contender:
             held.append(await scope.aresolve(A))
             await release.wait()
 
-    return Contender(
-        "diwire",
-        empty,
-        one,
-        chain,
-        cached,
-        hold,
-        "strict mode, compiled, without its locks and its resolver context",
-    )
+    return Contender(name, empty, one, chain, cached, hold, note)
 
 
 def svcs() -> Contender:
@@ -472,8 +485,11 @@ def modern_di() -> Contender:
 
 PEERS: list[Callable[[], Contender]] = [
     dishka,
+    dishka_with_locks,
     wireup,
+    wireup_with_locks,
     diwire,
+    diwire_with_locks,
     svcs,
     aioinject,
     anydi,

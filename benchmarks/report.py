@@ -2,15 +2,16 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.measure import Outcome
+from benchmarks.questions import Work
 
-__all__ = ["Machine", "Question", "page", "write"]
+__all__ = ["Machine", "Question", "page", "page_of_instructions", "write"]
 
 _PACKAGES = [
     *("django-scoped", "Django", "asgiref", "uvicorn", "httptools"),
@@ -19,6 +20,10 @@ _PACKAGES = [
 ]
 
 _NO_PEERS = {"scoped", "AsyncExitStack", "hand-written", "stock", "FastAPI", "Litestar"}
+# It awaits nothing while it sets up: no peer for an async generator.
+_NO_PEERS.add("modern-di (sync)")
+# Two tasks that ask at once, for what takes time to set up, get two objects.
+_UNPROTECTED = {"dishka", "wireup", "diwire", "svcs", "aioinject"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +49,15 @@ class Question:
             self.ratios, key=lambda name: self.ratios[name].median, reverse=self.more_is_better
         )
 
-    @property
-    def best_peer(self) -> str:
-        """The best of the other libraries; other frameworks (FastAPI, Litestar) are none."""
+    def best_peer(self, *, protected: bool) -> str:
+        """
+        The best of the other libraries; other frameworks (FastAPI, Litestar) are none.
+        ``protected``: of those that set up once for all tasks of a scope.
+        """
         if self.goal is None:
             return "-"
-        peers = [name for name in self.best_first if name not in _NO_PEERS]
+        but = _NO_PEERS | _UNPROTECTED if protected else _NO_PEERS
+        peers = [name for name in self.best_first if name not in but]
         return f"{_ratio(self.ratios[peers[0]].median)} ({peers[0]})" if peers else "-"
 
     @property
@@ -114,7 +122,8 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
         "# Benchmarks",
         "*Written by `python -m benchmarks` (dependency group `benchmarks`): do not edit.*",
         "Each figure is `scoped` beside the alternatives, in one run. What counts are the ratios: "
-        "seconds depend on the machine.",
+        "seconds depend on the machine. The same work in [instructions](benchmarks-instructions.md). "
+        "*Protected* are peers that set up once where several tasks of a scope ask at once.",
         summary(questions),
         *map(_section, questions),
         "## Method",
@@ -126,19 +135,58 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
     return "\n\n".join(parts) + "\n"
 
 
+_OF_INSTRUCTIONS = """\
+How many instructions a scope costs, counted by callgrind, and how many bytes, by `tracemalloc`. Beside each figure the
+ratio to `AsyncExitStack`'s or, for cached access, to that of hand-written lazy code. Where seconds move by a tenth
+with what else the machine does, these do not; but an instruction is not a unit of time. What is compared, and how
+it is set up: [Benchmarks](benchmarks.md#method).
+
+*With locks* is a library with its own protection switched on: without it two tasks that ask at once, in `gather()`
+say, get two objects. svcs and aioinject have none; anydi, that-depends and scoped always have it. modern-di
+sets up by sync functions only, so nothing is awaited there. A dash: it does not do that work (it tears down in
+another order, say, or there is nothing to look up)."""
+
+
+def page_of_instructions(
+    works: Sequence[Work], figures: Mapping[str, Mapping[str, float]], machine: Machine
+) -> str:
+    columns = [(work.key, work.title, work.unit, work.goal) for work in works]
+    columns.append(("memory", "Bytes while it is open", "AsyncExitStack", 0.75))
+    rows = [
+        [name, *(_with_ratio(mine.get(key), figures[unit][key]) for key, _, unit, _ in columns)]
+        for name, mine in figures.items()
+    ]
+    goals = ["*goal*", *(f"at most {goal:.2f}" for *_, goal in columns)]
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    parts = [
+        "# Benchmarks in instructions",
+        "*Written by `python -m benchmarks.instructions` (dependency group `benchmarks`, and "
+        "Debian's `valgrind`): do not edit.*",
+        _table(["", *(title for _, title, *_ in columns)], [*rows, goals]),
+        _OF_INSTRUCTIONS,
+        f"{machine.system}; {machine.python}; {versions}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _with_ratio(figure: float | None, unit: float) -> str:
+    return "-" if figure is None else f"{figure:,.0f} ({figure / unit:.2f})"
+
+
 def summary(questions: list[Question]) -> str:
     rows = [
         [
             question.title,
             f"{_MEASURES[question.measure]}, x {question.unit}",
-            question.best_peer,
+            question.best_peer(protected=False),
+            question.best_peer(protected=True),
             _ratio(question.ratios["scoped"].median),
             question.goal_text,
             question.verdict,
         ]
         for question in questions
     ]
-    return _table(["Work", "Unit", "Best peer", "scoped", "Goal", ""], rows)
+    return _table(["Work", "Unit", "Best peer", "Best, protected", "scoped", "Goal", ""], rows)
 
 
 _MEASURES = {"time": "time", "rate": "requests/s", "bytes": "bytes"}

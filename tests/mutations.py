@@ -290,9 +290,9 @@ MUTATIONS = [
     mutation(
         "what lives until the response goes among what lives longer",
         (
-            "core/scope",
-            "                await end_all(self, Lifetime.RESPONSE, failure, problems)\n",
-            "",
+            "core/teardown",
+            "return -record.resource.lifetime, record.number",
+            "return 0, record.number",
         ),
     ),
     mutation(
@@ -313,11 +313,15 @@ MUTATIONS = [
     ),
     mutation(
         "a teardown looks once only",
-        ("core/teardown", "    while held := [\n", "    for held in [[\n"),
         (
             "core/teardown",
-            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]:\n",
-            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]]:\n",
+            "    while scope.records and (\n        held := [\n",
+            "    for held in (\n        [\n",
+        ),
+        (
+            "core/teardown",
+            "record.resource.lifetime <= lifetime\n        ]\n    ):\n",
+            "record.resource.lifetime <= lifetime\n        ],\n    ):\n",
         ),
     ),
     mutation(
@@ -409,8 +413,8 @@ MUTATIONS = [
         "set-ups under way are not stopped",
         (
             "core/scope",
-            "            cancellation = await stop_set_ups(self, lifetime)\n",
-            "            cancellation = None\n",
+            "BaseException | None = await stop_set_ups(self, lifetime)\n",
+            "BaseException | None = None\n",
         ),
     ),
     mutation(

@@ -116,7 +116,8 @@ class Record:
         """Nothing is kept: the Context of a stray task may hold the record for ever."""
         self.state = GONE
         self.generator = self.place = self.uses = self.needs = None
-        self.settle(None)
+        if self.waiters is not None:
+            self.settle(None)
 
     # Who asks for what
 

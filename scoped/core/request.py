@@ -61,7 +61,7 @@ class RequestScope(Scope):
         ):
             return
         problems: list[BaseException] = []
-        if (cancellation := await self._stop(Lifetime.RESPONSE)) is not None:
+        if self._is_busy() and (cancellation := await self._stop(Lifetime.RESPONSE)):
             problems.append(cancellation)
         await end_all(self, Lifetime.RESPONSE, self.failure, problems)
         if problems:
@@ -138,7 +138,11 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            await self.close(exc)
+            if self.begin_to_close():
+                if self.records or self.ending or self.lifespan:
+                    await self._close(exc)
+                else:  # what nothing has used is closed without a coroutine
+                    self._let_go(exc if self.failure is None else self.failure)
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise

@@ -317,19 +317,28 @@ class Scope:
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
+        if self.begin_to_close():
+            await self._close(failure)
+
+    def begin_to_close(self) -> bool:
+        """
+        Whether it is for the caller to close it. From now on nothing new is kept; so what is
+        found after this, and not before it, is all.
+        """
         if self._state != "open":
-            return
+            return False
         self._state = "closing"
+        return True
+
+    async def _close(self, failure: BaseException | None) -> None:
         if self.failure is None:
             self.failure = failure
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if (cancellation := await self._stop(Lifetime.LIFESPAN)) is not None:
+            if self._is_busy() and (cancellation := await self._stop(Lifetime.LIFESPAN)):
                 problems.append(cancellation)
-            if self.records:
-                await end_all(self, Lifetime.RESPONSE, failure, problems)
-                await end_all(self, Lifetime.LIFESPAN, failure, problems)
+            await end_all(self, Lifetime.LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure
         if self.lifespan is not None:
@@ -342,15 +351,22 @@ class Scope:
         if problems:
             raise_all(self, problems)
 
+    def _is_busy(self) -> bool:
+        """Whether anything is being set up or torn down, which the end has to wait for."""
+        if self.ending:
+            return True
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.state != HELD:
+                return True
+        return False
+
     async def _stop(self, lifetime: Lifetime) -> BaseException | None:
         """Let set-ups, and what is being released, come to their end."""
         if self.sync_only or running_loop() is None:
             stop_set_ups_sync(self, lifetime)
             wait_for_others_sync(self, self.teardown_timeout)
             return None
-        cancellation: BaseException | None = None
-        if any(record.state != HELD for record in list(self.records.values())):
-            cancellation = await stop_set_ups(self, lifetime)
+        cancellation: BaseException | None = await stop_set_ups(self, lifetime)
         while self.ending:
             try:
                 await wait_for_others(self)

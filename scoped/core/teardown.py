@@ -58,18 +58,20 @@ def begin_end(
                 current.set(record)
             rest = begin_finish(record, scope, record.generator, failure)
     except BaseException as error:
-        _restore(record, outer)
+        if outer is not None:
+            _restore(record, outer)
         _ended(record, began, error, problems)
         return None
     if rest is None:
-        _restore(record, outer)
+        if outer is not None:
+            _restore(record, outer)
         _ended(record, began, None, problems)
         return None
     return _end(record, rest, began, problems, (released_by, outer))
 
 
-def _restore(record: Record, outer: "Scope | Record | None") -> None:
-    if outer is not None and current.get() is record:
+def _restore(record: Record, outer: "Scope | Record") -> None:
+    if current.get() is record:
         current.set(outer)
 
 
@@ -88,7 +90,8 @@ async def _end(
         except BaseException as error:
             raised = error
         finally:
-            _restore(record, outer)
+            if outer is not None:
+                _restore(record, outer)
         _ended(record, began, raised, problems)
         del raised
 
@@ -112,15 +115,20 @@ async def end_all(
     failure: BaseException | None,
     problems: list[BaseException],
 ) -> None:
-    """Tear down what the scope holds that lives no longer than that, last complete first."""
+    """
+    Tear down what the scope holds that lives no longer than that: what lives until the response
+    before the rest, and last complete first.
+    """
     # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
-    while held := [
-        record
-        for record in list(scope.records.values())
-        if record.state == HELD and record.resource.lifetime <= lifetime
-    ]:
+    while scope.records and (
+        held := [
+            record
+            for record in list(scope.records.values())
+            if record.state == HELD and record.resource.lifetime <= lifetime
+        ]
+    ):
         if len(held) > 1:
-            held.sort(key=_number)
+            held.sort(key=_order)
         while held:
             record = held.pop()
             if scope.take(record):
@@ -129,8 +137,8 @@ async def end_all(
                     await rest
 
 
-def _number(record: Record) -> int:
-    return record.number
+def _order(record: Record) -> tuple[int, int]:
+    return -record.resource.lifetime, record.number
 
 
 # Who is at work meanwhile

@@ -32,8 +32,9 @@ def main() -> None:
     django.setup()
     logging.disable(logging.CRITICAL)
     # A task of the program's that is cancelled before its first step awaits nothing.
-    for of in (r"Program\.", r"Site\.", "(request|lifespan)_scoped tests"):
-        warnings.filterwarnings("ignore", f"coroutine '{of}")
+    warnings.filterwarnings(
+        "ignore", r"coroutine '(Program\.|Site\.|(request|lifespan)_scoped tests)"
+    )
     warnings.filterwarnings("ignore", "StreamingHttpResponse must consume")
     sys.setswitchinterval(options.switch_interval)
     run = importlib.import_module(f"tests.fuzz.{options.what}").run

@@ -1,0 +1,51 @@
+"""The questions about scopes, and how to put them to a contender."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from benchmarks.contenders import Contender
+
+__all__ = ["WORKS", "Work"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A question about scopes, and how to put it."""
+
+    key: str
+    title: str
+    kind: str  # of work, as check() names it
+    unit: str
+    goal: float  # at most; of time as of instructions
+    n: int  # for a figure in seconds
+    counted: int  # for one in instructions
+    do: Callable[[Contender], Callable[[int], Awaitable[object]]]
+    text: str = ""
+
+
+WORKS = [
+    Work(
+        *("cached", "Cached access", "cached", "hand-written", 1.12, 50_000, 20_000),
+        lambda contender: contender.cached,  # type: ignore[arg-type,return-value]
+        "`await db()`, for the second time and later in a scope.",
+    ),
+    Work(
+        *("one", "A scope with one async generator", "one", "AsyncExitStack", 1.15, 2_000, 1_000),
+        lambda contender: contender.one,
+        "From opening the scope to having closed it.",
+    ),
+    Work(
+        *("chain-10", "A chain of 5, each used 10 times", "chain", "AsyncExitStack", 1.6, 300, 200),
+        lambda contender: lambda n: contender.chain(n, 10),
+        "From opening the scope to having closed it, with 50 uses in between.",
+    ),
+    Work(
+        *("chain-1", "A chain of 5, each used once", "chain", "AsyncExitStack", 1.15, 500, 200),
+        lambda contender: lambda n: contender.chain(n, 1),
+    ),
+    Work(
+        *("empty", "An empty scope", "empty", "AsyncExitStack", 1.35, 5_000, 1_000),
+        lambda contender: contender.empty,
+        "What a scope costs in which nothing is used.",
+    ),
+]
