@@ -581,8 +581,8 @@ async def test_a_lifespan_s_sync_generator_ends_in_the_lent_thread_that_set_it_u
         log.append(threading.get_ident())
 
     @view
-    def asks(request):
-        return HttpResponse(cache())
+    async def asks(request):
+        return HttpResponse(await sync_to_async(cache)())
 
     async with lifespan_scope():
         connection = Connection(ScopedASGIHandler(), "/asks")
