@@ -168,16 +168,16 @@ PROMISES = {
         "request, and nothing at all of one that was cut off. A thread that ends closes its "
         "database connections.",
     ),
-    24: (
-        "Nobody takes over what another holds",
-        "Whatever the interleaving of tasks and threads, one of them sets a value up and one tears "
-        "it down; a set-up that succeeds is handed to those who wait for it; nothing is tried again "
-        "without bound.",
-    ),
     23: (
         "Nothing is done to another's object that may fail",
         "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
         "stays what is raised. And nothing piles up on one that is raised again and again.",
+    ),
+    24: (
+        "Nobody takes over what another holds",
+        "Whatever the interleaving of tasks and threads, one of them sets a value up and one "
+        "tears it down; a set-up that succeeds is handed to those who wait for it; nothing is "
+        "tried again without bound.",
     ),
     25: (
         "What a client sends stays what it is",
