@@ -114,7 +114,7 @@ async def _no_connections_left() -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        end_idle()
+        await end_idle()
         await sync_to_async(connections.close_all)()
 
 
