@@ -175,9 +175,8 @@ PROMISES = {
     ),
     24: (
         "Nobody takes over what another holds",
-        "Whatever the interleaving of tasks and threads, one of them sets a value up and one "
-        "tears it down; a set-up that succeeds is handed to those who wait for it; nothing is "
-        "tried again without bound.",
+        "Joining a lifespan, releasing, closing, whatever tasks and threads do meanwhile: there is "
+        "one taker for each value, and a set-up that succeeds is handed to those who wait for it.",
     ),
     25: (
         "What a client sends stays what it is",
