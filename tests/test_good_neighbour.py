@@ -6,6 +6,7 @@ tests/neighbours; here is how they hook in.
 import asyncio
 import contextvars
 import functools
+import inspect
 import io
 import threading
 from collections.abc import Iterator
@@ -93,7 +94,7 @@ async def test_what_is_patched_after_we_were_imported_is_called_once_for_each_re
         log.append(name)
         return patched(self, *args)
 
-    if asyncio.iscoroutinefunction(patched):
+    if inspect.iscoroutinefunction(patched):
 
         async def patch(self, *args):
             return await calls(self, *args)
