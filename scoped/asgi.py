@@ -23,7 +23,7 @@ from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
 from scoped.serving.supervisor import supervise
-from scoped.serving.threads import LentThread, end_idle
+from scoped.serving.threads import LentThread, idle_ended
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -94,7 +94,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             phase = "shutdown"
             await receive()
-        await end_idle()
+        await idle_ended()
     except Exception as error:
         notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)

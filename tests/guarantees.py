@@ -157,36 +157,35 @@ PROMISES = {
     ),
     21: (
         "Every wait has a bound",
-        "Nothing between the last byte and the end of the request waits for ever: a stream's "
-        "`aclose()`, a receiver of `request_finished`, sync code in its thread, a response's own "
-        "`close()`. Each has as long as a teardown may take. `request_finished` comes once, and "
-        "all is closed, also where `close()` raises or a response is served again.",
+        "Nothing between the last byte and the end of the request waits for ever, nor does sync "
+        "code for a set-up that needs its thread, nor the end of a server for its requests.",
     ),
     22: (
         "A thread is lent clean",
-        "In the thread for its sync code a request finds no transaction, no Context of another "
-        "request, and nothing at all of one that was cut off. A thread that ends closes its "
-        "database connections.",
+        "The thread for a request's sync code comes without a transaction, without a connection "
+        "that is broken or too old, without a Context of another request; one that is still at "
+        "work is not lent.",
     ),
     23: (
-        "Nothing is done to another's object that may fail",
-        "An exception of somebody else's may refuse a note, an attribute, a traceback: what it is "
-        "stays what is raised. And nothing piles up on one that is raised again and again.",
+        "Nothing of ours is done to another's object that may fail",
+        "An exception may refuse a note, an attribute, a traceback: it is raised all the same, and "
+        "nothing piles up on one that is raised again and again.",
     ),
     24: (
         "Nobody takes over what another holds",
-        "Joining a lifespan, releasing, closing, whatever tasks and threads do meanwhile: there is "
-        "one taker for each value, and a set-up that succeeds is handed to those who wait for it.",
+        "Joining a lifespan, releasing, closing, at any interleaving of tasks and threads: each "
+        "value has one taker, by one atomic step; a set-up that succeeds is handed to those who "
+        "wait for it; nothing is tried again without bound.",
     ),
     25: (
-        "What a client sends stays what it is",
-        "Path, method and names reach a log line, a message or a page escaped and cut.",
+        "What a client sends is escaped and cut",
+        "Path, method and the words in a task's name reach no log line, message or page "
+        "otherwise, and no work grows faster than what was sent.",
     ),
     26: (
-        "Kept or said",
-        "Whatever is declared and cannot be kept is said at once: `spawn()` of what is no "
-        "coroutine, or after a response that is not to come; a stream that holds for long what "
-        "others wait for.",
+        "Never silence",
+        "What has been declared is kept, or it is said that it cannot be: an `eager` resource that "
+        "comes too late, a `release()` in the wrong place, a resource declared upon a resource.",
     ),
 }
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 import asgiref
 import django
@@ -16,9 +17,12 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import ERROR, WARNING, run_checks
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.wsgi import WSGIHandler
 from django.core.management import call_command, get_commands
 from django.core.management.base import SystemCheckError
-from django.test import override_settings
+from django.http import Http404
+from django.test import RequestFactory, override_settings
+from django.urls import path
 
 import scoped.checks
 from scoped import lifespan_scoped, request_scoped
@@ -26,6 +30,9 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.checks.yields import first_skipped_line
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
+from scoped.serving.receivers import connect
+from scoped.testing import override
+from scoped.wsgi import ScopedWSGIHandler
 from tests.startproject import Project
 
 HANDLER_ID = "scoped.W001" if django.VERSION < (6, 1) else "scoped.W002"
@@ -39,10 +46,10 @@ def declared(monkeypatch):
     return Resource.declared
 
 
-def found(check_id=None):
+def found(check_id=None, *, deploy=False):
     return [
         message
-        for message in run_checks(tags=["scoped"])
+        for message in run_checks(tags=["scoped"], include_deployment_checks=deploy)
         if check_id is None or message.id == check_id
     ]
 
@@ -364,6 +371,100 @@ def apps_with(name):
         get_commands.cache_clear()
         yield
     get_commands.cache_clear()
+
+
+class TestDeploy:
+    """What `check --deploy` adds: tests override, and every new project has a wsgi.py."""
+
+    @pytest.fixture
+    def transaction(self):
+        @request_scoped
+        def transaction():
+            yield "transaction"
+
+        return transaction
+
+    def test_an_override_in_force_is_named_with_its_resource(self, site, transaction):
+        with override(transaction, "a fake"):
+            assert found() == []
+            [message] = found(deploy=True)
+        assert (message.id, message.level) == ("scoped.W006", WARNING)
+        assert message.obj is transaction.resource
+        assert str(message).startswith(str(transaction.resource))
+        assert found(deploy=True) == []
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "from django.core.wsgi import get_wsgi_application\n",
+            "from django.core.handlers import wsgi\nwsgi.WSGIHandler()\n",
+            "from django.core.handlers.wsgi import WSGIHandler\n",
+        ],
+    )
+    def test_djangos_wsgi_handler_is_a_warning_where_sync_resources_are_torn_down(
+        self, site, transaction, source
+    ):
+        (site / "wsgi.py").write_text(source)
+        assert found() == []
+        messages = [message.id for message in found(deploy=True)]
+        if "WSGIHandler()" in source:  # no name of it is imported: not every way is seen
+            assert messages == []
+            return
+        assert messages == ["scoped.W007"]
+        [message] = found(deploy=True)
+        assert transaction.resource.factory.name in message.msg
+        assert f"{site.name}/wsgi.py serves" in message.msg
+        assert "scoped.wsgi" in message.hint
+
+    def test_ours_is_none(self, site, transaction):
+        (site / "wsgi.py").write_text("from scoped.wsgi import get_wsgi_application\n")
+        assert found(deploy=True) == []
+
+    def test_where_nothing_would_commit_it_is_none(self, site):
+        @request_scoped
+        def tenant():
+            return "tenant"
+
+        @lifespan_scoped
+        def registry():
+            yield "registry"
+
+        (site / "asgi.py").write_text(OURS)
+        (site / "wsgi.py").write_text("from django.core.wsgi import get_wsgi_application\n")
+        assert found(deploy=True) == []
+
+    @pytest.mark.parametrize(
+        ("handler", "ending"), [(WSGIHandler, "committed"), (ScopedWSGIHandler, "rolled back")]
+    )
+    def test_what_it_says_of_djangos_wsgi_handler_is_so(self, handler, ending):
+        log = []
+
+        @request_scoped
+        def transaction():
+            try:
+                yield
+            except BaseException:
+                log.append("rolled back")
+                raise
+            log.append("committed")
+
+        def view(request):
+            transaction()
+            raise Http404
+
+        module = ModuleType("urls")
+        module.urlpatterns = [path("", view)]
+        connect()
+        with override_settings(ROOT_URLCONF=module, ALLOWED_HOSTS=["*"]):
+            statuses = []
+            environ = RequestFactory()._base_environ(PATH_INFO="/")
+
+            def serve():
+                handler()(environ, lambda status, headers: statuses.append(status)).close()
+
+            contextvars.copy_context().run(serve)
+        assert statuses == ["404 Not Found"]
+        assert log == [ending]
 
 
 # In each a failure would skip what is in the line of `close()`, and that first.
@@ -812,6 +913,14 @@ class TestARealProject:
         run = project.manage("runserver", "--noreload", "127.0.0.1:0")
         assert "(scoped.W005) Django's runserver is a WSGI server." in run.stderr
         assert "uvicorn --reload shop.asgi:application" in run.stderr
+
+    def test_an_override_that_is_left_in_the_code_is_found_before_it_is_deployed(self, project):
+        left = "from scoped.testing import override\noverride(db, 'a fake').__enter__()\n"
+        project.write("resources.py", RESOURCES.replace('    print("closed")\n', "") + left)
+        assert "scoped.W006" not in project.manage("check").stderr
+        checked = project.manage("check", "--deploy", "--tag", "scoped")
+        assert "shop.resources.db (" in checked.stderr
+        assert "(scoped.W006) An override() of it is in force" in checked.stderr
 
     def test_a_mistyped_setting_is_reported_by_check_and_refused_by_the_server(self, project):
         project.append("settings.py", 'SCOPED = {"TEARDOWN_TIMOUT": 5}\n')

@@ -4,8 +4,12 @@ Promise 22, where it is not said otherwise.
 """
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
+from collections import deque
 from contextvars import ContextVar
 
 import pytest
@@ -283,6 +287,37 @@ async def test_django_s_own_receivers_tidy_the_thread_before_its_first_work(hand
         await thread.submit(lambda: order.append(("work", threading.get_ident())))
     assert [name for name, _ in order] == ["tidy", "work"]
     assert len({ident for _, ident in order}) == 1
+
+
+async def test_what_tidies_the_thread_late_does_so_before_whoever_is_next():
+    order = []
+    for name in ("first", "second"):
+        with LentThread() as thread:
+            await thread.submit(order.append, name)
+            assert thread.can_be_tidied_later
+            thread.tidy_later(lambda: order.append("tidied"))
+    async with lifespan(ScopedASGIHandler()):
+        pass  # its end waits for idle threads
+    assert order == ["first", "tidied", "second", "tidied"]
+    assert threads._idle == deque()
+
+
+def test_a_background_task_has_a_thread_where_there_is_no_django():
+    program = (
+        "import asyncio, sys\n"
+        "from asgiref.sync import sync_to_async\n"
+        "from scoped import spawn\n"
+        "async def work():\n"
+        "    print(await sync_to_async(lambda: 'done')())\n"
+        "async def main():\n"
+        "    for _ in range(2):\n"
+        "        await spawn(work())\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": ""}
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (ran.stdout, ran.stderr) == ("done\ndone\n", "")
 
 
 # A thread whose request was cut off: what its code would have cleaned up is still there

@@ -20,7 +20,8 @@ from django.utils.version import get_version_tuple
 
 from scoped import conf
 from scoped.checks.yields import first_skipped_line
-from scoped.core.resource import Resource
+from scoped.core.override import overridden
+from scoped.core.resource import Lifetime, Resource
 from scoped.discovery import import_urls
 
 __all__ = ["declared_resources", "path_from_here", "register"]
@@ -28,6 +29,7 @@ __all__ = ["declared_resources", "path_from_here", "register"]
 _DJANGOS = ("django.core.asgi", "django.core.handlers.asgi.ASGIHandler")
 # Whose `runserver` is Django's; that of an app such as daphne serves over ASGI.
 _DJANGOS_RUNSERVER = ("django.core", "django.contrib.staticfiles")
+_DJANGOS_WSGI = ("django.core.wsgi", "django.core.handlers.wsgi.WSGIHandler")
 
 
 def register() -> None:
@@ -36,6 +38,8 @@ def register() -> None:
         check_yields,
     ):
         checks.register(check, "scoped")
+    for check in (check_overrides, check_wsgi_handler):
+        checks.register(check, "scoped", deploy=True)
 
 
 def check_asgiref(**kwargs: Any) -> list[CheckMessage]:
@@ -132,6 +136,54 @@ def check_yields(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+def check_overrides(**kwargs: Any) -> list[CheckMessage]:
+    """With ``--deploy``: tests override, and run the other checks too."""
+    return [
+        checks.Warning(
+            "An override() of it is in force as soon as the project is loaded: what is meant for "
+            "a test stands in its place.",
+            hint="Leave override() to the tests, in a `with` or as a decorator. For another "
+            "factory in production, declare that one.",
+            obj=resource,
+            id="scoped.W006",
+        )
+        for resource in sorted(overridden(), key=_place)
+    ]
+
+
+def check_wsgi_handler(**kwargs: Any) -> list[CheckMessage]:
+    """
+    With ``--deploy``, as every new project has such a file: of those in which it would
+    matter, whose resources WSGI can serve.
+    """
+    names = [
+        resource.factory.name
+        for resource in declared_resources()
+        if resource.lifetime is not Lifetime.LIFESPAN
+        and resource.factory.is_generator
+        and not resource.factory.is_async
+    ]
+    paths = [
+        path
+        for path in _beside_the_settings("wsgi.py")
+        if _uses_djangos_handler(path, _DJANGOS_WSGI, "scoped.wsgi")
+    ]
+    return [
+        checks.Warning(
+            f"{path_from_here(path)} serves the project with Django's own WSGI handler. Under it "
+            "factories are not told of Http404, PermissionDenied and other exceptions that become "
+            "a response, nor of a stream's: what commits when the request has succeeded commits "
+            'then, too. What is declared with until="response" raises NoScopeError. So with: '
+            f"{', '.join(names)}.",
+            hint="Write `from scoped.wsgi import get_wsgi_application` there, in place of "
+            "Django's.",
+            id="scoped.W007",
+        )
+        for path in paths
+        if names
+    ]
+
+
 def declared_resources() -> list[Resource[Any]]:
     """All of them, sorted by module and line."""
     # Views may declare some, and Django's check that imports them may yet be to come.
@@ -186,14 +238,16 @@ def _file_of(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
-def _uses_djangos_handler(path: Path) -> bool:
+def _uses_djangos_handler(
+    path: Path, djangos: tuple[str, ...] = _DJANGOS, ours: str = "scoped.asgi"
+) -> bool:
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError):
         return False
     names = set(_imported(tree))
-    return any(name.startswith(_DJANGOS) for name in names) and not any(
-        name.startswith("scoped.asgi") for name in names
+    return any(name.startswith(djangos) for name in names) and not any(
+        name.startswith(ours) for name in names
     )
 
 

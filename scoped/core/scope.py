@@ -27,7 +27,7 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from scoped.core import observer
+from scoped.core import noted, observer
 from scoped.core.abandoned import dismiss
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, LifetimeError, ScopeClosedError, TeardownError
@@ -295,6 +295,8 @@ class Scope:
         if previous is not None and previous.is_open:
             self._previous = previous
         current.set(self)
+        if noted.scopes is not None:
+            noted.note(self)
 
     def tell_of_opening(self) -> None:
         """Once all is in place: whoever hears of it may use it."""

@@ -6,17 +6,20 @@ of ``request_finished``.
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import AsyncToSync
 from django.core.cache import caches, close_caches
+from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
 from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, reset_queries
+from django.dispatch import Signal
 from django.urls import set_script_prefix
+from django.utils.module_loading import import_string
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
@@ -164,17 +167,18 @@ class Exchange:
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
-            self.thread.tidy = partial(self.tidy, sync_receivers)
+            self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, named
         )
         raise_first(error for _, _, error in outcomes)
 
-    def tidy(self, receivers: Iterable[Receiver]) -> None:
-        """In the request's thread: call receivers of request_started, late."""
+    def tidy(self, receivers: Iterable[Receiver], signal: Signal) -> None:
+        """In the request's thread: call receivers which tidy it, late."""
         outcomes: list[Outcome] = []
-        call_all(receivers, outcomes, request_started, type(self.handler), {"scope": self.scope})
+        named = {"scope": self.scope} if signal is request_started else {}
+        call_all(receivers, outcomes, signal, type(self.handler), named)
         log_errors(outcomes)
 
     # The response
@@ -320,8 +324,11 @@ class Exchange:
             work = partial(self.call_sync, sync_receivers)
             what = f"A receiver of request_finished, or the response's close(), of {whose}"
             await self.attempt(in_thread(self.thread, work, what))
-        elif self.response is not None:
-            close_resources(self.response)
+        else:
+            if self.response is not None:
+                close_resources(self.response)
+            if self.thread is not None and self.thread.is_taken:
+                self.thread.tidy_later(partial(self.tidy, sync_receivers, request_finished))
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
         try:
@@ -338,9 +345,11 @@ class Exchange:
 
     def needs_thread(self, sync_receivers: list[Receiver]) -> bool:
         """Whether anything is left to do that must, or had better, be done in the thread."""
-        if self.thread is None or self.thread.is_taken or not _only_tidy(sync_receivers):
+        if self.thread is None or not _only_tidy(sync_receivers):
             return True
-        if any(True for _ in caches.all(initialized_only=True)):
+        if self.thread.is_taken and not self.thread.can_be_tidied_later:
+            return True
+        if _closing_caches() and any(True for _ in caches.all(initialized_only=True)):
             return True  # close_caches() may have to wait for a server
         if self.response is None:
             return False
@@ -402,6 +411,19 @@ _TIDY = {
     *(reset_queries, close_old_connections, close_caches, reset_urlconf),
     *(open_foreign, close_foreign),
 }
+
+
+def _closing_caches() -> bool:
+    """Whether a cache's ``close()`` does anything."""
+    return _closes(tuple(cache["BACKEND"] for cache in caches.settings.values()))
+
+
+@lru_cache
+def _closes(backends: tuple[str, ...]) -> bool:
+    try:
+        return any(import_string(backend).close is not BaseCache.close for backend in backends)
+    except (ImportError, AttributeError):  # no such cache, or one of another make
+        return True
 
 
 def _only_tidy(receivers: list[Receiver]) -> bool:

@@ -42,7 +42,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from scoped.core.scope import Scope
 from scoped.core.waits import outlast
 
-__all__ = ["LentThread", "end_idle", "tidy"]
+__all__ = ["LentThread", "end_idle", "idle_ended", "tidy"]
 
 T = TypeVar("T")
 _Work = Callable[[], Any]
@@ -59,8 +59,9 @@ class _Worker:
         # What is to be done, and who waits for it; at the end None. To put something there takes
         # no lock of Python's, so a finalizer may do it in the midst of anything.
         self.queue: SimpleQueue[tuple[_Work, asyncio.Future[Any] | None] | None] = SimpleQueue()
-        # Each changed in one thread only. Work is done in order.
+        # Of the work that somebody waits for; each changed in one thread only. It is done in order.
         self.given = self.done = 0
+        self.is_connected = False  # to a database, when it last had done such work
         self.thread = Thread(target=self._run, name=f"scoped-{next(_numbers)}", daemon=True)
         # Python may be told to let a thread inherit the Context that starts it
         # (``thread_inherit_context``, 3.14): here the first request's.
@@ -72,7 +73,8 @@ class _Worker:
         return self.given != self.done
 
     def give(self, work: _Work, future: "asyncio.Future[Any] | None" = None) -> None:
-        self.given += 1
+        if future is not None:
+            self.given += 1
         self.queue.put((work, future))
 
     def end(self) -> None:
@@ -97,7 +99,9 @@ class _Worker:
                 result = work()
         except BaseException as error:
             failure = error
-        self.done += 1  # before anybody hears of it, who may then give the thread back
+        if future is not None:
+            self.is_connected = _is_connected()
+            self.done += 1  # before anybody hears of it, who may then give the thread back
         try:
             if future is not None:
                 _answer(future, result, failure)
@@ -195,18 +199,33 @@ class LentThread(Executor):
         an executor of the library makes by wrapping one of its own.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        bound: _Work = partial(work, *args, **kwargs) if args or kwargs else work
         if (worker := self._worker) is None:
             try:
                 worker = _idle.pop()  # the one used last: its caches are warm
             except IndexError:
                 worker = _Worker()
-            else:
-                worker.give(_drop_transactions)
             self._worker = worker
-            if self.tidy is not None:
-                worker.give(self.tidy)
-        worker.give(partial(work, *args, **kwargs) if args or kwargs else work, future)
+            # As one work, for each wakes the thread: it costs more than what is done there.
+            bound = partial(_first, self.tidy, bound)
+        worker.give(bound, future)
         return future
+
+    @property
+    def can_be_tidied_later(self) -> bool:
+        """Whether nobody could tell: that a database is connected to, or that it ends with it."""
+        worker = self._worker
+        return (
+            worker is not None
+            and self.lend_again
+            and not worker.is_busy
+            and not worker.is_connected
+        )
+
+    def tidy_later(self, tidy: _Work) -> None:
+        """To be called after all else: it is done before whoever is next finds the thread."""
+        assert self._worker is not None
+        self._worker.give(partial(_last, tidy))
 
     def leave(self) -> None:
         """To be called in the thread, after all else: no idle thread holds what others wait for."""
@@ -228,6 +247,23 @@ class LentThread(Executor):
             worker.give(partial(_take_back, worker))
         else:
             _take_back(worker)
+
+
+def _first(tidy: _Work | None, work: Callable[[], T]) -> T:
+    for before in (_drop_transactions, tidy):
+        try:
+            if before is not None:
+                before()
+        except Exception as error:
+            logger.error("Before a request's sync code: %r", error, exc_info=error)
+    return work()
+
+
+def _last(tidy: _Work) -> None:
+    try:
+        tidy()
+    finally:
+        _drop_transactions()
 
 
 def _take_back(worker: _Worker) -> None:
@@ -253,9 +289,19 @@ def _close_connections() -> None:
         _close(connection)
 
 
-def _connections() -> Sequence[Any]:
-    from django.db import connections  # noqa: PLC0415 (`import scoped` imports no Django)
+def _is_connected() -> bool:
+    try:
+        return any(connection.connection is not None for connection in _connections())
+    except Exception:  # the project's settings are wrong, as whoever uses them is told
+        return False
 
+
+def _connections() -> Sequence[Any]:
+    from django.conf import settings  # noqa: PLC0415 (`import scoped` imports no Django)
+    from django.db import connections  # noqa: PLC0415
+
+    if not settings.configured:  # nobody can have used one
+        return ()
     return connections.all(initialized_only=True)
 
 
@@ -271,16 +317,21 @@ def _close(connection: Any) -> None:
 
 def tidy() -> None:
     """What Django does before and after a request, for work that is none."""
+    from django.conf import settings  # noqa: PLC0415 (as above)
     from django.db import close_old_connections  # noqa: PLC0415 (as above)
 
-    close_old_connections()
+    if settings.configured:
+        close_old_connections()
 
 
-async def end_idle() -> None:
-    """
-    Let go of the threads that nobody uses, as at a server's shutdown: when this returns,
-    they have closed their connections.
-    """
+def end_idle() -> None:
+    """Let go of the threads that nobody uses. They close their connections."""
+    while _idle:
+        _idle.pop().end()
+
+
+async def idle_ended() -> None:
+    """As ``end_idle()``; when this returns, they have closed them. At a server's shutdown."""
     closed: list[asyncio.Future[Any]] = []
     while _idle:
         worker = _idle.pop()

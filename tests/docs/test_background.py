@@ -61,7 +61,7 @@ async def test_the_answer_does_not_wait_and_the_shutdown_does(modules, where):
     view = getattr(modules, where).register
     with assert_no_leaks(), urls(path("", view)):
         async with AsyncClient() as client:
-            assert (await client.get("/", {"user": "ada"})).content == b"Welcome"
+            assert (await client.post("/", {"user": "ada"})).content == b"Welcome"
             assert "Welcome, ada" not in log
     assert log == ["+db", "Welcome, ada", "-db"]
 

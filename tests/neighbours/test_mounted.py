@@ -10,7 +10,7 @@ from tests.uvicorn import ROOT, uvicorn
 
 pytestmark = pytest.mark.neighbours
 
-STARLETTE = ("frameworks.md", "Starlette and FastAPI")
+STARLETTE = ("serving.md", "Inside Starlette or FastAPI")
 
 
 @pytest.fixture
