@@ -44,8 +44,7 @@ def ours():
 def end_all():
     deadline = time.monotonic() + within(10)
     while ours() and time.monotonic() < deadline:  # one that works takes itself back later
-        while threads._idle:
-            threads._idle.pop().end()
+        threads.end_idle()
         for thread in ours():
             thread.join(0.01)
 
