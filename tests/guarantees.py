@@ -136,6 +136,57 @@ PROMISES = {
         "request's thread is torn down there. Under WSGI everything sync works; an async resource "
         "raises `AsyncResourceError` there, which says what to do.",
     ),
+    18: (
+        "A good neighbour",
+        "What hooks into Django's handlers works as under Django's own: patches of their methods, "
+        "wrapped receivers, monitoring, error pages in the request's thread. The scope knows the "
+        "request under every handler that opens one, and a test client serves as the handler that "
+        "it stands for.",
+    ),
+    19: (
+        "Who cancels is known",
+        "A cancellation by the client or the server ends the request. One that a factory's own "
+        "timeout or task group causes is that factory's failure, and so the request's: Django's "
+        "500, and `got_request_exception`; in a stream, the failure of the stream. A view that "
+        "middleware cancels and answers for has failed, and so has a request whose middleware "
+        "raises, whatever page Django makes of that. What middleware returns is success.",
+    ),
+    20: (
+        "One cancellation, then patience",
+        "What is ending already is not cancelled again before `TEARDOWN_TIMEOUT` is over.",
+    ),
+    21: (
+        "Every wait has a bound",
+        "Nothing between the last byte and the end of the request waits for ever, nor does sync "
+        "code for a set-up that needs its thread, nor the end of a server for its requests.",
+    ),
+    22: (
+        "A thread is lent clean",
+        "The thread for a request's sync code comes without a transaction, without a connection "
+        "that is broken or too old, without a Context of another request; one that is still at "
+        "work is not lent.",
+    ),
+    23: (
+        "Nothing of ours is done to another's object that may fail",
+        "An exception may refuse a note, an attribute, a traceback: it is raised all the same, and "
+        "nothing piles up on one that is raised again and again.",
+    ),
+    24: (
+        "Nobody takes over what another holds",
+        "Joining a lifespan, releasing, closing, at any interleaving of tasks and threads: each "
+        "value has one taker, by one atomic step; a set-up that succeeds is handed to those who "
+        "wait for it; nothing is tried again without bound.",
+    ),
+    25: (
+        "What a client sends is escaped and cut",
+        "Path, method and the words in a task's name reach no log line, message or page "
+        "otherwise, and no work grows faster than what was sent.",
+    ),
+    26: (
+        "Never silence",
+        "What has been declared is kept, or it is said that it cannot be: an `eager` resource that "
+        "comes too late, a `release()` in the wrong place, a resource declared upon a resource.",
+    ),
 }
 
 NUMBERS = re.compile(r"\b[Pp]romises? (\d+(?:(?:, | and | to )\d+)*)")

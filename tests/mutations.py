@@ -24,10 +24,10 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
-        *("until_response", "release", "wsgi"),
+        *("books", "until_response", "release", "wsgi"),
         *("factories", "keyed", "calls", "foreign_errors", "names", "errors"),
         *("threads", "many_threads", "every_await", "model"),
-        *("background", "testing", "signals"),
+        *("background", "testing", "signals", "good_neighbour"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.
@@ -64,7 +64,7 @@ MUTATIONS = [
         "request_finished is not sent to async receivers",
         (
             "serving/exchange",
-            "await self.attempt(self.call_async(reversed(async_receivers)))",
+            "await self.attempt(self.call_async(receiver))",
             "pass",
         ),
     ),
@@ -79,19 +79,19 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("serving/exchange", "await self.attempt(close_stream(self.response))", "pass"),
+        ("serving/exchange", "await self.attempt(close_stream(self.response, whose))", "pass"),
     ),
     mutation(
         "a sync view that runs on is not waited for",
-        ("serving/exchange", "await self.attempt(hop(_nothing))", "pass"),
+        ("serving/exchange", "await self.attempt(sync_code_ended(self.thread, whose))", "pass"),
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
-        ("serving/threads", "        if self.is_busy:\n", "        if False:\n"),
+        ("serving/threads", "        elif worker.is_busy:\n", "        elif False:\n"),
     ),
     mutation(
         "the response's closers are not run",
-        ("serving/handler", "for closer in response._resource_closers:", "for closer in ():"),
+        ("serving/ending", "for closer in response._resource_closers:", "for closer in ():"),
     ),
     mutation(
         "the view's failure is not noted",
@@ -102,28 +102,28 @@ MUTATIONS = [
         "the request is never uncancelled",
         (
             "serving/exchange",
-            "            task.uncancel()  # so that",
-            "            break  # so that",
+            "        while self.task.cancelling():\n            self.task.uncancel()",
+            "        pass",
         ),
     ),
     mutation(
         "a server's cancellation is swallowed",
-        ("serving/exchange", "raise_first([cancellation, failure])", "return"),
+        ("serving/supervisor", "raise_first([cancellation, failure])", "return"),
     ),
     mutation(
         "the request is cancelled though it is finishing",
         (
             "serving/exchange",
-            "if not self.cancelled and not self.finishing:",
-            "if not self.cancelled:",
+            "        if not self.cancelled and not self.finishing:",
+            "        if not self.cancelled:",
         ),
     ),
     mutation(
         "the request is cancelled again and again",
         (
             "serving/exchange",
-            "if not self.cancelled and not self.finishing:",
-            "if not self.finishing:",
+            "        if not self.cancelled and not self.finishing:",
+            "        if not self.finishing:",
         ),
     ),
     mutation(
@@ -290,9 +290,9 @@ MUTATIONS = [
     mutation(
         "what lives until the response goes among what lives longer",
         (
-            "core/scope",
-            "                await end_all(self, Lifetime.RESPONSE, failure, problems)\n",
-            "",
+            "core/teardown",
+            "return -record.resource.lifetime, record.number",
+            "return 0, record.number",
         ),
     ),
     mutation(
@@ -313,11 +313,15 @@ MUTATIONS = [
     ),
     mutation(
         "a teardown looks once only",
-        ("core/teardown", "    while held := [\n", "    for held in [[\n"),
         (
             "core/teardown",
-            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]:\n",
-            "        if record.state == HELD and record.resource.lifetime <= lifetime\n    ]]:\n",
+            "    while scope.records and (\n        held := [\n",
+            "    for held in (\n        [\n",
+        ),
+        (
+            "core/teardown",
+            "record.resource.lifetime <= lifetime\n        ]\n    ):\n",
+            "record.resource.lifetime <= lifetime\n        ],\n    ):\n",
         ),
     ),
     mutation(
@@ -409,8 +413,8 @@ MUTATIONS = [
         "set-ups under way are not stopped",
         (
             "core/scope",
-            "            cancellation = await stop_set_ups(self, lifetime)\n",
-            "            cancellation = None\n",
+            "BaseException | None = await stop_set_ups(self, lifetime)\n",
+            "BaseException | None = None\n",
         ),
     ),
     mutation(
@@ -439,7 +443,19 @@ MUTATIONS = [
     ),
     mutation(
         "a factory that closes its own scope waits for itself",
-        ("core/teardown", "        and not _leads_to(record, here)\n", ""),
+        (
+            "core/teardown",
+            "        and not _leads_to(record, here)\n    ]:\n",
+            "    ]:\n",
+        ),
+    ),
+    mutation(
+        "a thread that closes a scope waits for the set-up that it is a part of",
+        (
+            "core/teardown",
+            "        and not _leads_to(record, here)\n        and any(",
+            "        and any(",
+        ),
     ),
     mutation(
         "what is set up too late is never torn down",
@@ -502,25 +518,44 @@ MUTATIONS = [
         "those who wait are cancelled with the one who asked first",
         (
             "core/first_use",
-            "if isinstance(outcome, Exception) or (is_new and isinstance(outcome, BaseException)):",
-            "if isinstance(outcome, BaseException):",
+            "    if not is_new and not isinstance(outcome.error, Exception):\n",
+            "    if False:\n",
         ),
     ),
     mutation(
         "a value is not handed to those who wait",
         (
             "core/first_use",
-            "        if type(outcome) is tuple and (scope.is_open or record.state == HELD):\n",
-            "        if type(outcome) is tuple and record.state == HELD:\n",
+            "        return record.scope.is_open or record.state == HELD\n",
+            "        return record.state == HELD\n",
         ),
     ),
     mutation(
-        "a value is not handed to threads that wait",
+        "a value is handed to those who wait though its scope has closed",
         (
             "core/first_use",
-            "            if isinstance(outcome, tuple) and (scope.is_open or record.state == HELD):\n",
-            "            if isinstance(outcome, tuple) and record.state == HELD:\n",
+            "        return record.scope.is_open or record.state == HELD\n",
+            "        return True\n",
         ),
+    ),
+    mutation(
+        "who waits may be told twice",
+        (
+            "core/record",
+            "                del waiters[waiter]  # whoever completes it and whoever takes it may come at "
+            "once\n            except KeyError:\n                continue\n",
+            "                __import__('time').sleep(0.0001)\n"
+            "                waiters.pop(waiter, None)\n"
+            "            except KeyError:\n                continue\n",
+        ),
+    ),
+    mutation(
+        "each who waits leaves its frames on the error",
+        ("core/record", "        set_traceback(self.error, self.traceback)\n", ""),
+    ),
+    mutation(
+        "a plain with block in async code runs async factories",
+        ("core/request", "self.sync_only, self.owner = True, None", "self.sync_only = True"),
     ),
     mutation(
         "threads that wait are not told when it is set up",
@@ -707,7 +742,7 @@ MUTATIONS = [
     # Until the response
     mutation(
         "nothing ends with the response",
-        ("serving/handler", "            await scope.end_response()\n", "            pass\n"),
+        ("serving/exchange", "            await scope.end_response()\n", "            pass\n"),
     ),
     mutation(
         "nothing ends with the response under WSGI",
@@ -727,24 +762,21 @@ MUTATIONS = [
     ),
     mutation(
         "the closers of a response that an error replaces are forgotten",
-        ("serving/handler", "    page._resource_closers.extend(response._resource_closers)\n", ""),
+        ("serving/ending", "    page._resource_closers.extend(response._resource_closers)\n", ""),
     ),
     mutation(
         "the closers of a response that is never sent are forgotten",
         (
             "serving/handler",
-            "                page: Any = await make_page(request, error)\n"
-            "            except BaseException:\n"
             "                close_resources(response)  # nobody else will see it\n",
-            "                page: Any = await make_page(request, error)\n"
-            "            except BaseException:\n",
+            "                pass\n",
         ),
     ),
     mutation(
         "a stream that an error replaces is left to the garbage collector",
         (
-            "serving/handler",
-            "                await _drop_stream(response)\n",
+            "serving/exchange",
+            "                await drop_stream(self.response, request_scope)\n",
             "                pass\n",
         ),
     ),
@@ -761,12 +793,56 @@ MUTATIONS = [
         ),
     ),
     mutation(
-        "what middleware raises is not noted without the app",
+        "what async middleware raises is not noted",
         (
-            "serving/receivers",
-            "    got_request_exception.connect(_request_failed)\n\n\ndef connect()",
-            "\n\ndef connect()",
+            "serving/handler",
+            "                note_failure(error)\n                return await",
+            "                return await",
         ),
+    ),
+    mutation(
+        "what middleware raises is not noted in sync code",
+        (
+            "serving/handler",
+            "            note_failure(error)\n            return exception",
+            "            return exception",
+        ),
+    ),
+    mutation(
+        "a view that a middleware cancels and answers for has succeeded",
+        (
+            "serving/handler",
+            "                note_failure(error)\n                raise\n\n        return inner_async",
+            "                raise\n\n        return inner_async",
+        ),
+    ),
+    mutation(
+        "a factory's own timeout is taken for the server's cancellation",
+        ("serving/exchange", "            if self.is_cut_off():\n", "            if True:\n"),
+    ),
+    mutation(
+        "a stream's end may take for ever",
+        ("serving/ending", "await in_time(iterator.aclose(), ", "await (iterator.aclose()) or ("),
+    ),
+    mutation(
+        "a receiver may take for ever",
+        ("serving/exchange", "await in_time(called, ", "await called or ("),
+    ),
+    mutation(
+        "a response whose close() raises ends nothing",
+        ("serving/ending", "        if not response.closed:\n", "        if False:\n"),
+    ),
+    mutation(
+        "what waits for the response begins though the request has failed",
+        ("serving/background", "    if scope.failure is not None:\n", "    if False:\n"),
+    ),
+    mutation(
+        "a background task is torn down under its sync code",
+        ("serving/background", "            if thread.is_busy:\n", "            if False:\n"),
+    ),
+    mutation(
+        "a long stream is not logged",
+        ("serving/streams", "        if self.seconds is not None:\n", "        if False:\n"),
     ),
     mutation(
         "a stream may set up anew what ended with the response",
@@ -926,17 +1002,17 @@ MUTATIONS = [
     mutation(
         "a body that fails under WSGI is no failure",
         (
-            "wsgi",
-            "            note_failure(error)\n            raise\n\n    def close",
-            "            raise\n\n    def close",
+            "serving/streams",
+            "        scope.note_failure(error)\n        raise\n\n\nasync def _parts_async",
+            "        raise\n\n\nasync def _parts_async",
         ),
     ),
     mutation(
         "a body that a WSGI server gives up is a failure",
         (
-            "wsgi",
-            "            raise  # the server has had enough\n",
-            "            note_failure(GeneratorExit())\n            raise\n",
+            "serving/streams",
+            "        raise  # the server has had enough\n",
+            "        scope.note_failure(GeneratorExit())\n        raise\n",
         ),
     ),
     mutation(
@@ -966,14 +1042,51 @@ MUTATIONS = [
     # Background tasks, tests, signals
     mutation(
         "a background task that shutdown no longer waits for runs on",
-        ("serving/background", "            self.owner.cancel()\n", "            return None\n"),
+        ("serving/background", "            self.task.cancel()\n", "            return None\n"),
     ),
     mutation(
         "a background task uses the request's thread",
         (
             "serving/background",
-            "ThreadSensitiveContext(executor=thread)",
-            "ThreadSensitiveContext()",
+            "with LentThread(tidy) as thread:",
+            "if thread := LentThread(tidy):",
+        ),
+    ),
+    # Threads
+    mutation(
+        "a thread is lent again whose request was cut off",
+        (
+            "serving/exchange",
+            "            self.thread.lend_again = False  #",
+            "            pass  #",
+        ),
+    ),
+    mutation(
+        "a thread is lent again whose background task has failed",
+        ("serving/background", "            thread.lend_again = False\n", ""),
+    ),
+    mutation(
+        "an idle thread holds a transaction that nobody ended",
+        ("serving/exchange", "            self.thread.leave()\n", "            pass\n"),
+    ),
+    mutation(
+        "a thread that ends leaves its connections to the garbage collector",
+        ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
+    ),
+    mutation(
+        "a thread seems busy when its last work has been heard of",
+        (
+            "serving/threads",
+            "        self.done += 1  # before",
+            "        import time; time.sleep(0.01); self.done += 1  # before",
+        ),
+    ),
+    mutation(
+        "what Sentry patches is gone round",
+        (
+            "asgi",
+            "await super().__call__(scope, receive, send)",
+            "await self.handle(scope, receive, send)",
         ),
     ),
     mutation(
@@ -1080,13 +1193,20 @@ def run_tests(directory: Path, tests: list[str]) -> str | None:
     return f"(exit code {process.returncode}) {output.strip().splitlines()[-1:]}"
 
 
+def likely_first(mutation: Mutation, tests: list[str]) -> list[str]:
+    """Those first that have the name of what is broken."""
+    names = {edit.module.rpartition("/")[2] for edit in mutation.edits}
+    return sorted(tests, key=lambda test: not any(name in test for name in names))
+
+
 def check(mutation: Mutation, tests: list[str]) -> tuple[Mutation, str | None, float]:
     with tempfile.TemporaryDirectory(prefix="scoped-mutation-") as name:
         directory = Path(name)
         copy(directory)
         apply(mutation, directory)
         start = time.monotonic()
-        return mutation, run_tests(directory, tests), time.monotonic() - start
+        failed = run_tests(directory, likely_first(mutation, tests))
+        return mutation, failed, time.monotonic() - start
 
 
 def main() -> None:

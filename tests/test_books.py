@@ -9,6 +9,7 @@ import gc
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -235,6 +236,124 @@ class TestWhoCancelsIsKnown:
         assert isinstance(group, ExceptionGroup)
         assert isinstance(group.exceptions[0], ValueError)
         assert log == ["pool"]
+
+
+class TestHandedOver:
+    """Promises 2 and 24: a set-up that succeeds is handed to those who wait for it."""
+
+    @pytest.mark.parametrize("count", [1, 3])
+    async def test_to_tasks_though_it_is_released_in_the_same_moment(
+        self, count: int, log: list[str]
+    ) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            await go_on.wait()
+            log.append("up")
+            yield f"db {log.count('up')}"
+            log.append("down")
+
+        async with request_scope():
+            waiting = [asyncio.create_task(db()) for _ in range(count)]
+            await turns()
+            taken = asyncio.create_task(self.release_when_it_is_there(db))
+            go_on.set()
+            await taken
+            assert await asyncio.gather(*waiting) == ["db 1"] * count
+            assert log == ["up", "down"]
+
+    @staticmethod
+    async def release_when_it_is_there(resource: Any) -> None:
+        """In the turn in which those who wait are about to be woken."""
+        while True:
+            try:
+                resource.get_nowait()
+            except AsyncResourceError:
+                await asyncio.sleep(0)
+            else:
+                break
+        await resource.release()
+
+    @pytest.mark.parametrize("count", [1, 3])
+    async def test_not_where_the_scope_closes_in_that_moment(
+        self, count: int, log: list[str]
+    ) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            await go_on.wait()
+            yield "db"
+            log.append("down")
+
+        async with request_scope() as scope:
+            waiting = [asyncio.create_task(db()) for _ in range(count)]
+            await turns()
+            go_on.set()
+            while scope.records[db.resource].state != HELD:
+                await asyncio.sleep(0)
+        for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(outcome, ScopeClosedError)
+        assert log == ["down"]
+
+    async def test_an_error_that_many_are_told_has_no_more_frames_than_for_one(self) -> None:
+        @request_scoped
+        async def db() -> str:
+            await turns(3)
+            raise ValueError("db")
+
+        frames: list[int] = []
+        for count in (1, 50):
+            async with request_scope():
+                asking = [asyncio.create_task(db()) for _ in range(count)]
+                outcomes = await asyncio.gather(*asking, return_exceptions=True)
+            assert len(set(map(id, outcomes))) == 1
+            error = outcomes[0]
+            assert isinstance(error, ValueError)
+            frames.append(len(list(traceback.walk_tb(error.__traceback__))))
+        assert frames[1] <= frames[0] + 4
+
+    def test_to_threads_though_it_is_released_before_they_go_on(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go_on, released = (threading.Event() for _ in range(3))
+        real = first_use._is_for
+
+        def late(*args: Any, **kwargs: Any) -> bool:
+            assert released.wait(DEADLINE)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(first_use, "_is_for", late)
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            log.append("up")
+            yield f"tenant {log.count('up')}"
+            log.append("down")
+
+        def set_up_and_release() -> None:
+            found.append(tenant())
+            tenant.release()
+            released.set()
+
+        def wait() -> None:
+            found.append(tenant())
+
+        found: list[str] = []
+        with request_scope() as scope:
+            first = in_thread(set_up_and_release, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+            second = in_thread(wait, contextvars.copy_context())
+            while not scope.records[tenant.resource].waiters:
+                time.sleep(0.001)
+            go_on.set()
+            first.join(DEADLINE)
+            second.join(DEADLINE)
+            assert found == ["tenant 1", "tenant 1"]
+            assert log == ["up", "down"]
 
 
 class TestRelease:

@@ -1,4 +1,4 @@
-"""``@request_scope()``: a new scope for each call of a function."""
+"""Promises 6, 11 and 15: ``@request_scope()``, a new scope for each call of a function."""
 
 import asyncio
 import functools

@@ -120,7 +120,7 @@ class TestTheServices:
             assert service["init"] is True, name
             assert service["restart"] == ("no" if name == "role" else "unless-stopped"), name
             assert re.fullmatch(r"\d+m", service["mem_limit"]), name
-            assert 0 < service["pids_limit"] <= 200, name
+            assert 0 < service["pids_limit"] <= (1000 if name == "web" else 200), name
             assert not service.get("privileged"), name
             # The image of `web` says it itself.
             assert name == "web" or service["user"] not in ("root", "0"), name

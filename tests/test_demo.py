@@ -352,7 +352,7 @@ def idle_connections(postgres_url: str) -> int:
 
 
 class TestItsProcess:
-    def test_ctrl_c_ends_it_and_its_servers_within_two_seconds_though_a_page_is_open(
+    def test_ctrl_c_ends_it_and_its_servers_within_seconds_though_a_page_is_open(
         self,
     ) -> None:
         with Demo("--port", "0") as demo, Visitor(demo) as visitor, events(visitor):
@@ -363,7 +363,7 @@ class TestItsProcess:
             started = time.monotonic()
             demo.press_ctrl_c()
             assert demo.process.wait(within(10)) in (0, 130)
-            assert time.monotonic() - started < within(2)
+            assert time.monotonic() - started < within(5)
             assert "Traceback" not in demo.output
             assert "ERROR" not in demo.output
             assert not any(folder.exists() for folder in folders)
@@ -384,7 +384,7 @@ class TestItsProcess:
                 demo.process.send_signal(number)
                 time.sleep(0.3)  # pressed, and pressed again; whichever state that meets
             assert demo.process.wait(within(10)) in (0, 130)
-            assert time.monotonic() - started < within(2)
+            assert time.monotonic() - started < within(5)
             assert "Traceback" not in demo.output
 
     def test_killed_it_leaves_no_server_and_no_data(self) -> None:

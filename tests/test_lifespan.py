@@ -344,6 +344,7 @@ class TestShutdown:
     async def test_but_not_for_ever(
         self, log: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Promises 16 and 21."""
         monkeypatch.setattr(LifespanScope, "shutdown_timeout", 0.02)
 
         @lifespan_scoped

@@ -1,7 +1,7 @@
 """
 Requests that other handlers than ours serve: Django's test clients, WSGI, the
 stock ASGI handler. What works there works on sync receivers alone; the rest is
-refused in words that say what to do.
+refused in words that say what to do. Promises 18 and 26.
 """
 
 import asyncio

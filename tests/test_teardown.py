@@ -385,6 +385,7 @@ class TestAllOfIt:
     async def test_one_that_hangs_is_cancelled_and_named(
         self, where: str, log: list[str], tracked: Make, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Promises 8 and 21."""
         hanging = tracked("hanging", asyncio.Event().wait)
         with pytest.raises(TeardownError) as caught:
             async with request_scope():
@@ -465,6 +466,7 @@ class TestAllOfIt:
     async def test_a_thread_that_hangs_is_left_behind(
         self, log: list[str], caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Promises 8 and 21."""
         go_on = threading.Event()
 
         @request_scoped

@@ -4,6 +4,7 @@ before. ``docs/checks.md`` has a section on each.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ import django
 from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage
+from django.core.management import get_commands
 from django.utils.version import get_version_tuple
 
 from scoped import conf
@@ -25,11 +27,16 @@ from scoped.discovery import import_urls
 __all__ = ["declared_resources", "path_from_here", "register"]
 
 _DJANGOS = ("django.core.asgi", "django.core.handlers.asgi.ASGIHandler")
+# Whose `runserver` is Django's; that of an app such as daphne serves over ASGI.
+_DJANGOS_RUNSERVER = ("django.core", "django.contrib.staticfiles")
 _DJANGOS_WSGI = ("django.core.wsgi", "django.core.handlers.wsgi.WSGIHandler")
 
 
 def register() -> None:
-    for check in (check_asgiref, check_settings, check_handler, check_wsgi, check_yields):
+    for check in (
+        *(check_asgiref, check_settings, check_handler, check_wsgi, check_runserver),
+        check_yields,
+    ):
         checks.register(check, "scoped")
     for check in (check_overrides, check_wsgi_handler):
         checks.register(check, "scoped", deploy=True)
@@ -75,9 +82,7 @@ def _djangos_handler(path: Path) -> CheckMessage:
 def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
     if not (settings.WSGI_APPLICATION or _beside_the_settings("wsgi.py")) or _asgi_files():
         return []
-    factories = [resource.factory for resource in declared_resources()]
-    names = [factory.name for factory in factories if factory.is_async]
-    if not names:
+    if not (names := _async_resources()):
         return []
     return [
         checks.Warning(
@@ -89,6 +94,30 @@ def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
             id="scoped.W003",
         )
     ]
+
+
+def check_runserver(**kwargs: Any) -> list[CheckMessage]:
+    """Of the command that runs, as no check is told which one that is."""
+    if sys.argv[1:2] != ["runserver"] or get_commands().get("runserver") not in _DJANGOS_RUNSERVER:
+        return []
+    paths, names = _asgi_files(), _async_resources()
+    if not paths or not names:
+        return []
+    module = ".".join(Path(path_from_here(paths[0])).with_suffix("").parts[-2:])
+    return [
+        checks.Warning(
+            "Django's runserver is a WSGI server. Async resources raise AsyncResourceError under "
+            f"it: {', '.join(names)}.",
+            hint=f"Run `uvicorn --reload {module}:application --timeout-graceful-shutdown 5`; or "
+            'put "daphne" first in INSTALLED_APPS, whose runserver serves over ASGI.',
+            id="scoped.W005",
+        )
+    ]
+
+
+def _async_resources() -> list[str]:
+    factories = [resource.factory for resource in declared_resources()]
+    return [factory.name for factory in factories if factory.is_async]
 
 
 def check_yields(**kwargs: Any) -> list[CheckMessage]:

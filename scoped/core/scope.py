@@ -252,8 +252,9 @@ class Scope:
                 resource,
                 self,
                 "its scope was opened by sync code, which has no event loop to keep it in",
-                "Open the scope with `async with request_scope():`, serve the project over ASGI, "
-                "or give sync code a resource of its own with a plain `def`.",
+                "Open the scope with `async with request_scope():`; serve the project over ASGI, "
+                "`uvicorn project.asgi:application` say, for `manage.py runserver` is a WSGI "
+                "server; or give sync code a resource of its own with a plain `def`.",
             )
         loop = asyncio.get_running_loop()
         if self.loop is None:

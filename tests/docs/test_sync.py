@@ -1,6 +1,7 @@
 """docs/sync.md."""
 
 import asyncio
+import contextvars
 import json
 import re
 import threading
@@ -15,7 +16,13 @@ from django.core.servers.basehttp import WSGIServer
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from scoped import AsyncResourceError, lifespan_scoped, request_scope, request_scoped
+from scoped import (
+    AsyncResourceError,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+)
 from scoped.core import lifespan as lifespans
 from scoped.core.waits import run_without_loop
 from scoped.testing import Client
@@ -262,6 +269,37 @@ async def another_thread(user):
             await thread
 
 
+async def waits_for_itself(user):
+    @request_scoped
+    def odd():
+        return contextvars.Context().run(current.run, odd)  # no trace of who asks
+
+    async with request_scope():
+        current = contextvars.copy_context()
+        odd()
+
+
+async def needs_the_thread_that_waits(user):
+    occupied, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    @request_scoped
+    async def slow():
+        await occupied.wait()
+        await sync_to_async(lambda: None)()
+
+    def view():
+        loop.call_soon_threadsafe(occupied.set)
+        async_to_sync(slow)()
+
+    async with request_scope():
+        first = asyncio.create_task(slow())
+        await asyncio.sleep(0)
+        try:
+            await sync_to_async(view)()
+        finally:
+            await first
+
+
 @pytest.mark.parametrize(
     ("number", "how"),
     [
@@ -270,7 +308,9 @@ async def another_thread(user):
         (1, yet_another_loop),
         (2, not_set_up_yet),
         (3, another_thread),
-        (4, released_elsewhere),
+        (4, waits_for_itself),
+        (5, needs_the_thread_that_waits),
+        (6, released_elsewhere),
     ],
 )
 async def test_it_says_what_the_table_says(number, how, monkeypatch):
@@ -282,7 +322,7 @@ async def test_it_says_what_the_table_says(number, how, monkeypatch):
 
     with pytest.raises(AsyncResourceError, match=re.escape(rows()[number])):
         await how(user)
-    assert len(rows()) == 5
+    assert len(rows()) == 7
 
 
 def test_the_client_and_wsgi_refuse_async_ones():
@@ -314,3 +354,30 @@ async def test_all_sync_code_of_a_request_runs_in_one_thread_which_is_lent_again
             seen.update(threads)
     assert len(seen) == 1
     assert threading.get_ident() not in seen
+
+
+async def test_a_lifespans_sync_generator_has_a_thread_of_its_own():
+    threads = []
+
+    def generator():
+        threads.append(threading.get_ident())
+        yield
+        threads.append(threading.get_ident())
+
+    elsewhere, here = lifespan_scoped(generator), lifespan_scoped(generator)
+    async with lifespan_scope():
+        async with request_scope():
+            await asyncio.to_thread(elsewhere)
+            here()
+    own, loops, *ends = threads
+    assert loops == threading.get_ident() != own
+    assert ends == [loops, own]
+    assert has_ended(own)
+
+
+def has_ended(ident):
+    for thread in threading.enumerate():
+        if thread.ident == ident:
+            thread.join(10)
+            return not thread.is_alive()
+    return True

@@ -36,7 +36,7 @@ settings.configure(
     INSTALLED_APPS=["scoped", "django_async_backend"],
     LOGGING_CONFIG=None,
     ROOT_URLCONF=__name__,
-    SECRET_KEY="async_backend",
+    SECRET_KEY="backend",
     USE_TZ=True,
 )
 django.setup()
@@ -46,7 +46,7 @@ from async_views import book  # noqa: E402  (the page's)
 from django.core.handlers.asgi import ASGIHandler  # noqa: E402
 from django.http import HttpResponse, StreamingHttpResponse  # noqa: E402
 from django.urls import path  # noqa: E402
-from django_async_backend.db import async_connections, async_new_connection  # noqa: E402
+from django_async_backend.db import async_connections  # noqa: E402
 from resources import async_transaction  # noqa: E402
 
 from scoped.asgi import ScopedASGIHandler  # noqa: E402
@@ -117,18 +117,12 @@ async def child(request):
     return HttpResponse(await asyncio.create_task(select()))
 
 
-async def children(request):
-    await use()
-    both = await asyncio.gather(*[async_new_connection(select()) for _ in range(2)])
-    return HttpResponse(str(both))
-
-
 async def fails(request):
     await book(request)
     raise ValueError
 
 
-VIEWS = [answers, raises, streams, stream_raises, hangs, stream_hangs, child, children]
+VIEWS = [answers, raises, streams, stream_raises, hangs, stream_hangs, child]
 urlpatterns = [path(view.__name__, view) for view in [*VIEWS, book, fails]]
 ENDINGS = [
     ("answers", ""),
@@ -140,7 +134,6 @@ ENDINGS = [
     ("stream_hangs", "client gone"),
     ("stream_hangs", "server cancels"),
     ("child", ""),
-    ("children", ""),
 ]
 
 

@@ -148,7 +148,7 @@ async def test_a_second_request_waits_for_the_lock(recipe, serve, keys):
     async def impatient(request):
         lock = (await project.resources.redis()).lock("invoice-7", blocking_timeout=0.05)
         with pytest.raises(LockError):
-            await (await project.resources.until_the_end()).enter_async_context(lock)
+            await lock.__aenter__()
         return HttpResponse()
 
     async with serve(
