@@ -666,9 +666,9 @@ MUTATIONS = [
         "a request takes over the open scope around it",
         (
             "serving/receivers",
-            '    ServedScope(_name(scope["method"], scope["path"])).open()\n',
-            "    if current.get() is None:\n"
-            '        ServedScope(_name(scope["method"], scope["path"])).open()\n',
+            '    scope_class(_name(scope["method"], scope["path"])).open()\n',
+            "    if scope_here() is None:\n"
+            '        scope_class(_name(scope["method"], scope["path"])).open()\n',
         ),
     ),
     mutation(
@@ -1075,11 +1075,16 @@ MUTATIONS = [
     ),
     mutation(
         "a thread seems busy when its last work has been heard of",
+        ("serving/threads", "            self.done += 1  # before", "            pass  # before"),
         (
             "serving/threads",
-            "        self.done += 1  # before",
-            "        import time; time.sleep(0.01); self.done += 1  # before",
+            "                _answer(future, result, failure)\n",
+            "                _answer(future, result, failure)\n"
+            "                time.sleep(0.01)\n"
+            "                self.done += 1\n",
         ),
+        ("serving/threads", "import os\n", "import os\nimport time\n"),
+    ),
     ),
     mutation(
         "what Sentry patches is gone round",
