@@ -304,14 +304,6 @@ MUTATIONS = [
         ),
     ),
     mutation(
-        "a teardown takes what it has looked up before from somebody else",
-        (
-            "core/teardown",
-            "            if scope.take(record):\n",
-            "            if scope.take(record) or record.generator is not None:\n",
-        ),
-    ),
-    mutation(
         "a teardown looks once only",
         (
             "core/teardown",

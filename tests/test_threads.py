@@ -1,4 +1,4 @@
-"""Promise 22: the thread for a request's sync code: taken when it is needed, lent again, never shared."""
+"""Promise 22: the thread for a request's sync code, taken when needed, lent again, never shared."""
 
 import asyncio
 import threading
