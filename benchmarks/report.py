@@ -19,9 +19,10 @@ _PACKAGES = [
     *("dependency-injector", "fastapi", "starlette", "litestar", "aiohttp"),
 ]
 
-_NO_PEERS = {"scoped", "AsyncExitStack", "hand-written", "stock", "FastAPI", "Litestar"}
-# It awaits nothing while it sets up: no peer for an async generator.
-_NO_PEERS.add("modern-di (sync)")
+_NO_PEERS = {
+    *("scoped", "AsyncExitStack", "hand-written", "stock", "FastAPI", "Litestar"),
+    "modern-di (sync)",  # awaits nothing while it sets up: no peer for an async generator
+}
 # Two tasks that ask at once, for what takes time to set up, get two objects.
 _UNPROTECTED = {"dishka", "wireup", "diwire", "svcs", "aioinject"}
 
@@ -122,8 +123,9 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
         "# Benchmarks",
         "*Written by `python -m benchmarks` (dependency group `benchmarks`): do not edit.*",
         "Each figure is `scoped` beside the alternatives, in one run. What counts are the ratios: "
-        "seconds depend on the machine. The same work in [instructions](benchmarks-instructions.md). "
-        "*Protected* are peers that set up once where several tasks of a scope ask at once.",
+        "seconds depend on the machine. The same work is counted in "
+        "[instructions](benchmarks-instructions.md). *Protected* are peers that set up once where "
+        "several tasks of a scope ask at once.",
         summary(questions),
         *map(_section, questions),
         "## Method",
@@ -136,15 +138,16 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
 
 
 _OF_INSTRUCTIONS = """\
-How many instructions a scope costs, counted by callgrind, and how many bytes, by `tracemalloc`. Beside each figure the
-ratio to `AsyncExitStack`'s or, for cached access, to that of hand-written lazy code. Where seconds move by a tenth
-with what else the machine does, these do not; but an instruction is not a unit of time. What is compared, and how
-it is set up: [Benchmarks](benchmarks.md#method).
+How many instructions a scope costs, counted by callgrind, and how many bytes, by `tracemalloc`.
+Beside each figure the ratio to `AsyncExitStack`'s or, for cached access, to that of hand-written
+lazy code. Where seconds move by a tenth with what else the machine does, these do not; but an
+instruction is no unit of time. What is compared, and how it is set up:
+[Benchmarks](benchmarks.md#method).
 
-*With locks* is a library with its own protection switched on: without it two tasks that ask at once, in `gather()`
-say, get two objects. svcs and aioinject have none; anydi, that-depends and scoped always have it. modern-di
-sets up by sync functions only, so nothing is awaited there. A dash: it does not do that work (it tears down in
-another order, say, or there is nothing to look up)."""
+*With locks* is a library with its own protection switched on: without it two tasks that ask at
+once, in `gather()` say, get two objects. svcs and aioinject have none; anydi, that-depends and
+scoped always have it. modern-di sets up by sync functions only, so nothing is awaited there. A
+dash: it does not do that work; it tears down in another order, say, or has nothing to look up."""
 
 
 def page_of_instructions(

@@ -1,7 +1,6 @@
 """The ASGI application: ``uvicorn demo.asgi:application``."""
 
 import os
-from typing import Any
 
 from scoped.asgi import get_asgi_application
 
@@ -12,12 +11,12 @@ scoped_application = get_asgi_application()
 
 from django.core.handlers.asgi import ASGIHandler  # noqa: E402
 
-from demo.timeline import Recorder  # noqa: E402
+from demo.stage.timeline import Recorder  # noqa: E402
 
 stock_application = ASGIHandler()
 
 
-async def side_by_side(scope: dict[str, Any], receive: Any, send: Any) -> None:
+async def side_by_side(scope, receive, send):
     is_stock = scope["type"] == "http" and scope["path"].startswith("/stock/")
     await (stock_application if is_stock else scoped_application)(scope, receive, send)
 

@@ -1,6 +1,7 @@
 """
-A picture of the page with a dozen requests: ``python -m demo.screenshot docs/demo.png``.
-Needs the dependency group ``browser`` and Chromium.
+Pictures of the page after its 200 requests, light and dark: ``python -m demo.screenshot docs``
+writes ``demo.png`` and ``demo-dark.png`` there. Needs the dependency group ``browser`` and
+Chromium.
 """
 
 import argparse
@@ -24,16 +25,8 @@ OPTIONS = [
     # Its sandbox does not work for root.
     *(["--no-sandbox"] if os.geteuid() == 0 else []),
 ]
-MESSAGES = [
-    "Hello from the first tab.",
-    "Open a second tab: what is written there appears here.",
-    "<b>What people type stays text.</b>",
-]
-SCOPED = [
-    *("background", "commit", "leave", "broken-stream", "raises", "missing"),
-    *("stream", "children", "sync", "fine"),
-]
-STOCK = ["broken-stream", "children"]
+PICTURES = {"demo.png": "light", "demo-dark.png": "dark"}
+ENDINGS = ["fine", "broken-stream", "children"]  # the rows that the picture shows, the last on top
 
 
 def launch(playwright: Playwright) -> Browser:
@@ -44,22 +37,23 @@ def launch(playwright: Playwright) -> Browser:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.screenshot", description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=1190)
+    parser.add_argument("--height", type=int, default=1330)
     options = parser.parse_args()
     with tempfile.TemporaryFile("w+") as output, sync_playwright() as playwright:
         command = [sys.executable, "-m", "demo", "--port", "0"]
         demo = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True)
         try:
             page = launch(playwright).new_page(
-                viewport={"width": options.width, "height": options.height},
-                color_scheme="dark" if options.dark else "light",
+                viewport={"width": options.width, "height": options.height}
             )
             page.goto(address(demo))
+            page.get_by_text("web process").wait_for()
             compose(page)
-            page.screenshot(path=options.file)
+            for name, scheme in PICTURES.items():
+                page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                page.screenshot(path=options.folder / name)
         finally:
             demo.terminate()
             demo.communicate()
@@ -68,31 +62,25 @@ def main() -> None:
 def address(demo: "subprocess.Popen[str]") -> str:
     assert demo.stdout is not None  # noqa: S101 (narrows a type)
     for line in demo.stdout:
-        if match := re.search(r"The wall: (\S+)", line):
+        if match := re.search(r"The demo: (\S+)", line):
             return match[1]
     raise RuntimeError("The demo did not start.")
 
 
 def compose(page: Page) -> None:
-    for message in MESSAGES:
-        page.get_by_label("Message:", exact=True).fill(message)
-        page.get_by_role("button", name="Post", exact=True).click()
-        page.locator("#wall p").get_by_text(message, exact=True).wait_for()
-    for ending in SCOPED:
-        click(page, ending)
-    page.get_by_role("switch").check(force=True)
-    for ending in STOCK:
-        click(page, ending)
-    page.locator("#rows [data-ending='no connection left']").wait_for()
-    page.wait_for_timeout(500)
-
-
-def click(page: Page, ending: str) -> None:
-    rows = page.locator(f"#rows [data-title$='/{ending}']")
-    shown = rows.count()
-    page.locator(f"[data-send={ending}]").click()
-    rows.nth(shown).wait_for()
-    page.wait_for_timeout(300)
+    """The score, whose sentence stands on top, and after it some endings."""
+    page.locator("[data-run=mixed]").click()
+    page.locator("#sentence[data-over=true]").wait_for(timeout=120_000)
+    for ending in ENDINGS:
+        page.get_by_role("button", name="give back the lost").click()
+        page.locator("#stock-lost", has_text="0 lost").wait_for()
+        page.locator(f"[data-send={ending}]").click()
+        row = page.locator(f"#rows > li[data-name={ending}]").first
+        row.wait_for()
+        for side in ("scoped", "stock"):
+            row.locator(f".side[data-kind={side}]:not([data-ending=open])").wait_for()
+    page.wait_for_timeout(2000)  # PostgreSQL is asked once a second
+    page.evaluate("document.activeElement.blur()")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import django
 from django.conf import settings
+from pygments.lexers.special import TextLexer
+from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -74,3 +76,7 @@ if repository := urls.get("Repository"):
         "top_of_page_buttons": ["view", "edit"],
     }
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def setup(app: Sphinx) -> None:
+    app.add_lexer("mermaid", TextLexer)  # which the forge draws

@@ -22,7 +22,8 @@ from scoped.dispatch import Receiver, live_receivers
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import connect_handler
-from scoped.serving.threads import end_idle
+from scoped.serving.supervisor import supervise
+from scoped.serving.threads import LentThread, idle_ended
 
 __all__ = ["ScopedASGIHandler", "get_asgi_application"]
 
@@ -56,10 +57,9 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await _serve_lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self.handle(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)  # says what it does not serve
+            # Django's own is what Sentry, New Relic and others patch.
+            await super().__call__(scope, receive, send)
 
     async def handle(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
@@ -67,8 +67,11 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
         except RequestAborted:
             return
         with closing(body_file):
-            exchange = Exchange(self, scope, body_file, send)
-            await exchange.supervise(receive)
+            await supervise(Exchange(self, scope, body_file, send), receive)
+
+    def lend_thread(self) -> LentThread:
+        """For the sync code of one request."""
+        return LentThread()
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""
@@ -91,7 +94,7 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             phase = "shutdown"
             await receive()
-        end_idle()
+        await idle_ended()
     except Exception as error:
         notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)

@@ -5,6 +5,8 @@ The project's settings, one dict::
         "TEARDOWN_TIMEOUT": 10.0,  # seconds that one resource's teardown may take
         "SLOW_TEARDOWN": 1.0,  # seconds after which a teardown is logged as slow
         "SHUTDOWN_TIMEOUT": 10.0,  # seconds that shutdown waits for open requests
+        "LONG_STREAM": 60.0,  # seconds after which a stream that holds resources is logged, once;
+                              # None: never
         "MAX_IDLE_THREADS": 6,  # kept for the sync code of requests to come; as Python's thread
                                 # pools, by default: the number of CPUs and 4, 32 at most
     }
@@ -18,6 +20,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from scoped.core.scope import Scope
+from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
 __all__ = ["configure", "problems"]
@@ -26,6 +29,7 @@ _DEFAULTS = {
     "TEARDOWN_TIMEOUT": Scope.teardown_timeout,
     "SLOW_TEARDOWN": Scope.slow_teardown,
     "SHUTDOWN_TIMEOUT": Scope.shutdown_timeout,
+    "LONG_STREAM": LongStream.seconds,
     "MAX_IDLE_THREADS": LentThread.max_idle,
 }
 
@@ -53,6 +57,8 @@ def _correction(key: str, value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not (is_number and value > 0):
         return "Set it to a number of seconds greater than 0."
+    if key == "LONG_STREAM" and value is not None and not (is_number and value > 0):
+        return "Set it to a number of seconds greater than 0, or to None for never."
     if key == "MAX_IDLE_THREADS" and not (is_number and value >= 0 and value % 1 == 0):
         return "Set it to a number of threads, 0 or more."
     return ""
@@ -69,6 +75,7 @@ def configure() -> None:
     Scope.teardown_timeout = values["TEARDOWN_TIMEOUT"]
     Scope.slow_teardown = values["SLOW_TEARDOWN"]
     Scope.shutdown_timeout = values["SHUTDOWN_TIMEOUT"]
+    LongStream.seconds = values["LONG_STREAM"]
     LentThread.max_idle = int(values["MAX_IDLE_THREADS"])
 
 

@@ -27,7 +27,7 @@ from django.db import connections
 
 import scoped
 from scoped.core.request import RequestScope
-from scoped.serving.threads import end_idle
+from scoped.serving.threads import idle_ended
 from scoped.testing import AsyncClient, Client, assert_no_leaks
 
 __all__ = ["request_scope", "scoped_client"]
@@ -114,7 +114,7 @@ async def _no_connections_left() -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        end_idle()
+        await idle_ended()
         await sync_to_async(connections.close_all)()
 
 

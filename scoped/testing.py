@@ -6,18 +6,24 @@ For tests: Django's test clients, served by our handlers; ``override()``; and
 import asyncio
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context, copy_context
 from copy import copy
+from inspect import unwrap
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, cast
 
+from asgiref.sync import SyncToAsync
 from django import test
+from django.core.handlers.base import reset_urlconf
+from django.core.signals import request_finished
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http.response import HttpResponseBase
 from django.test.client import ClientHandler
 
 from scoped.asgi import ScopedASGIHandler
+from scoped.core.current import current, scope_here
 from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.override import override
@@ -26,7 +32,8 @@ from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message
 from scoped.serving.handler import ScopedHandler
-from scoped.serving.receivers import connect, tells_of_response
+from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
+from scoped.serving.threads import LentThread
 
 __all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
 
@@ -101,6 +108,18 @@ class Client(test.Client):
 class WSGIClientHandler(ScopedHandler, ClientHandler):
     """Django's, as ours."""
 
+    def __call__(self, environ: dict[str, Any]) -> Any:
+        around = scope_here()
+        try:
+            return super().__call__(environ)
+        except BaseException as error:
+            if scope_here() is not around:  # as under WSGI
+                note_failure(error)
+                close_foreign(sender=type(self))
+            # Django's has disconnected it, to connect it again when all is well.
+            request_finished.connect(close_old_connections)
+            raise
+
 
 tells_of_response.add(WSGIClientHandler)
 
@@ -130,6 +149,21 @@ def assert_no_leaks() -> Generator[None, None, None]:
         )
 
 
+# What belongs to the request's own task.
+_NOT_ADOPTED = {current, SyncToAsync.thread_sensitive_context, SyncToAsync.deadlock_context}
+
+
+def _adopt(context: Context) -> None:
+    """
+    Django's client serves the request in the task of the test, which so sees what the
+    request has set in ContextVars.
+    """
+    for variable, value in context.items():
+        if variable not in _NOT_ADOPTED and variable.get(_adopt) is not value:
+            variable.set(value)
+    reset_urlconf(None)  # as at the end of each request
+
+
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.
 _open_requests: set[asyncio.Task[None]] = set()
 
@@ -151,11 +185,29 @@ class ASGIClientHandler(ScopedASGIHandler):
         # The database connections are the test's own, with its transaction: as with Django's
         # clients they are left open.
         sync_receivers, async_receivers = super().receivers_of(signal)
-        return [one for one in sync_receivers if one is not close_old_connections], async_receivers
+        # Some monitoring wraps each receiver.
+        sync_receivers = [one for one in sync_receivers if unwrap(one) is not close_old_connections]
+        return sync_receivers, async_receivers
+
+    def lend_thread(self) -> LentThread:
+        # Where it is not the test's own, its connections end with the request: a test database
+        # cannot be dropped while anybody is connected to it.
+        return LentThread(lend_again=False)
 
     async def send_response(self, response: HttpResponseBase, send: Any) -> None:
         self.conversation.response = response
+        self.conversation.context = copy_context()
         await super().send_response(response, send)
+
+
+def _twin_of(response: Any) -> Any:
+    """
+    For the test: the response itself may be served again, and until the request is finished
+    the handler needs it as it is. Not a copy(), which leaves out what cannot be pickled.
+    """
+    twin = object.__new__(type(response))
+    vars(twin).update(vars(response))
+    return twin
 
 
 class AsyncClientHandler:
@@ -195,6 +247,7 @@ class _Conversation:
         self.enforce_csrf_checks = enforce_csrf_checks
         self.request: Any = None
         self.response: Any = None
+        self.context: Context | None = None  # the request's, when its response was there
         self.task: asyncio.Task[None] | None = None
         self.messages: asyncio.Queue[Message | None] = asyncio.Queue()  # None: no more
         self.reading = False  # a message has been taken and is not done with
@@ -226,29 +279,33 @@ class _Conversation:
         self.task.add_done_callback(_open_requests.discard)
         self.task.add_done_callback(lambda _: self.messages.put_nowait(None))
         try:
-            return await self.converse()
+            response = await self.converse()
         except BaseException:
             self.task.cancel()
             await outlast(self.task)
             raise
+        if self.context is not None:
+            _adopt(self.context)
+        return response
 
     async def converse(self) -> HttpResponseBase:
         assert self.task is not None
         if await self.next() is None:
             self.task.result()
             raise RuntimeError("The handler has returned, and sent no response.")
-        response: Any = self.response
-        if not response.streaming or self.bodyless:
+        response: Any
+        if not self.response.streaming or self.bodyless:
             async for _ in self.parts():
                 pass
+            response = _twin_of(self.response)
             if self.bodyless:
                 # The handler sends it, and servers drop it.
                 setattr(response, "streaming_content" if response.streaming else "content", b"")
-        elif response.is_async:
-            # Of a copy, for the handler still needs its own.
-            response = copy(response)
+        elif self.response.is_async:
+            response = _twin_of(self.response)
             response.streaming_content = self.parts()
         else:
+            response = _twin_of(self.response)
             response.streaming_content = await self.parts_at_once()
         # Django's would send request_finished, and the handler sees to that.
         response.close = self.hung_up.set

@@ -3,12 +3,11 @@ Django's WSGI handler, for sync resources: its scope sees what a view or a
 streaming body failed with, and knows when the response is sent.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import django
 from django.core.handlers.wsgi import WSGIHandler
-from django.http.response import HttpResponseBase
 
 from scoped import conf
 from scoped.core.current import scope_here
@@ -42,36 +41,13 @@ class ScopedWSGIHandler(ScopedHandler, WSGIHandler):
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         around = scope_here()
         try:
-            response: Any = super().__call__(environ, start_response)
+            return super().__call__(environ, start_response)
         except BaseException as error:
             # Not even a 500: Django leaves the request unfinished then.
             if scope_here() is not around:
                 note_failure(error)
                 close_foreign(sender=type(self))
             raise
-        # Not a file that the server sends in its own way.
-        if isinstance(response, HttpResponseBase) and response.streaming:
-            return _Body(response)
-        return response
 
 
 tells_of_response.add(ScopedWSGIHandler)
-
-
-class _Body:
-    """A streaming body (PEP 3333) whose failure the request's factories get to see."""
-
-    def __init__(self, response: HttpResponseBase) -> None:
-        self.response = response
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            yield from self.response
-        except GeneratorExit:
-            raise  # the server has had enough
-        except BaseException as error:
-            note_failure(error)
-            raise
-
-    def close(self) -> None:
-        self.response.close()

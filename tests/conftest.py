@@ -8,6 +8,8 @@ from django.core.signals import request_finished, request_started
 from django.db import close_old_connections
 
 from demo.servers import postgres, redis
+from scoped.core.lifespan import lifespans
+from scoped.core.waits import run_without_loop
 from tests.slowness import FACTOR, within
 
 # A shell that runs the tests in the background has them, and so the servers they start, ignore
@@ -42,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # A test whose module has one of these may start a process.
 PROCESSES = {"subprocess", "uvicorn", "Demo", "Project", "start_redis", "CHECKERS"}
-RUN_APART = ("servers", "faults", "demo", "browser")
+RUN_APART = ("servers", "faults", "demo", "browser", "fuzz")
 
 
 def is_fast(item: pytest.Item) -> bool:
@@ -85,3 +87,20 @@ def _djangos_receivers_are_left_alone() -> Iterator[None]:
         if close_old_connections not in sent._live_receivers(None)[0]:  # type: ignore[attr-defined]
             sent.connect(close_old_connections)
             pytest.fail("close_old_connections was disconnected: later tests would go without it")
+
+
+@pytest.fixture(autouse=True)
+def _no_lifespan_is_left() -> Iterator[None]:
+    """
+    A request that implies a lifespan leaves it open to the end of its event loop, or of the
+    process where there is none. Here each test is followed by others, which look at what is open.
+    """
+    yield
+    if lifespan := lifespans.get(None):
+        run_without_loop(lifespan.close())
+    left = [
+        loop for loop, one in lifespans.items() if one.is_open and (not loop or loop.is_closed())
+    ]
+    for loop in left:
+        del lifespans[loop]
+    assert not left, "the test's event loop has ended, and its lifespan is still open"

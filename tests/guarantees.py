@@ -138,14 +138,18 @@ PROMISES = {
     ),
     18: (
         "A good neighbour",
-        "What hooks into Django's handlers works as under Django's own: patches of a handler's "
-        "methods, wrapped receivers. A test client serves as the handler that it stands for.",
+        "What hooks into Django's handlers works as under Django's own: patches of their methods, "
+        "wrapped receivers, monitoring, error pages in the request's thread. The scope knows the "
+        "request under every handler that opens one, and a test client serves as the handler that "
+        "it stands for.",
     ),
     19: (
         "Who cancels is known",
-        "A cancellation by client or server ends the request. One that a factory's own "
-        "`asyncio.timeout()` or task group causes is that factory's failure: it ends no scope and "
-        "no lifespan that others use.",
+        "A cancellation by the client or the server ends the request. One that a factory's own "
+        "timeout or task group causes is that factory's failure, and so the request's: Django's "
+        "500, and `got_request_exception`; in a stream, the failure of the stream. A view that "
+        "middleware cancels and answers for has failed, and so has a request whose middleware "
+        "raises, whatever page Django makes of that. What middleware returns is success.",
     ),
     20: (
         "One cancellation, then patience",

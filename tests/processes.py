@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,12 @@ def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
         assert time.monotonic() < deadline, f"not within {within(seconds)} seconds"
         time.sleep(0.02)
     return outcome
+
+
+def free_port() -> int:
+    """One that nobody listens on, a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def ps(*options: str) -> str:
@@ -91,7 +98,7 @@ class Demo:
 
         def printed() -> str | None:
             assert self.process.poll() is None, self.output
-            match = re.search(r"The wall: (\S+)", self.output)
+            match = re.search(r"The demo: (\S+)", self.output)
             return match and match[1]
 
         return str(eventually(printed))

@@ -6,11 +6,14 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.http import HttpRequest, HttpResponse
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import override_settings
+from django.utils.decorators import async_only_middleware
 
 from scoped import (
     current_scope,
@@ -22,7 +25,8 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler
 from scoped.core.scope import Scope
-from scoped.testing import assert_no_leaks
+from scoped.serving.threads import LentThread
+from scoped.testing import AsyncClient, assert_no_leaks
 from tests.connection import Connection
 from tests.views import Views
 
@@ -243,3 +247,354 @@ async def test_it_keeps_nothing_of_the_request_but_its_context() -> None:
     assert not [thing for thing in gc.get_objects() if type(thing) is Held]
     go_on.set()
     await task
+
+
+# Promise 26: what it cannot do it says at once
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(pool, "pool"), ("mail", "'mail'"), (None, "None"), (lambda: None, "<lambda>")],
+)
+async def test_what_is_no_coroutine_is_refused_at_once(given: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=f"takes a coroutine, and was given .*{named}.* Call the"):
+        spawn(given)
+
+
+async def test_a_future_is_no_coroutine() -> None:
+    future = asyncio.get_running_loop().create_future()
+    with pytest.raises(TypeError, match="of type Future"):
+        spawn(future)  # type: ignore[arg-type]
+
+
+async def test_an_after_that_it_does_not_know_is_refused() -> None:
+    async def work() -> None: ...
+
+    with pytest.raises(
+        ValueError, match=r'knows after="response" alone, and was given after=.commit'
+    ):
+        spawn(work(), after="commit")  # type: ignore[arg-type]
+
+
+# Its sync code
+
+
+async def test_it_is_not_torn_down_under_its_sync_code() -> None:
+    go_on = threading.Event()
+    loop, reached = asyncio.get_running_loop(), asyncio.Event()
+
+    def sync_work() -> None:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait(30)
+        log.append("sync code ended")
+
+    async def work() -> None:
+        await db()
+        await sync_to_async(sync_work)()
+
+    async with lifespan_scope():
+        task = spawn(work())
+        await reached.wait()
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert log == ["+pool", "+db"]
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert log == ["+pool", "+db", "sync code ended", "db saw CancelledError", "-db", "-pool"]
+
+
+async def test_one_cancelled_before_its_first_step_ends_an_implied_lifespan_in_a_thread() -> None:
+    """Its closing has a thread for sync code of its own: the spawner's may have ended."""
+
+    @lifespan_scoped
+    def connection() -> Iterator[None]:
+        log.append("+connection")
+        yield
+        log.append("-connection")
+
+    with LentThread():  # as in a request
+        async with request_scope():
+            await sync_to_async(connection)()
+
+            async def work() -> None:
+                log.append("never")
+
+            task = spawn(work())
+            task.cancel()
+    async with asyncio.timeout(30):
+        while "-connection" not in log:
+            await asyncio.sleep(0.001)
+    assert log == ["+connection", "-connection"]
+
+
+# Given up at shutdown, and shielded
+
+
+@pytest.mark.parametrize("when", ["at work", "before its first step", "before the response"])
+async def test_shutdown_gives_it_up_wherever_it_is(when: str) -> None:
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    @view
+    async def spawns(request: HttpRequest) -> HttpResponse:
+        tasks.append(spawn(work(), after="response" if when == "before the response" else None))
+        if when == "at work":
+            await reached.wait()
+        if when == "before the response":
+            await go_on.wait()
+        return HttpResponse()
+
+    with override_settings(SCOPED={"SHUTDOWN_TIMEOUT": 0.02}):
+        handler = ScopedASGIHandler()
+        async with lifespan_scope():
+            request = Connection(handler, "/spawns").start()
+            while not tasks:
+                await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        await asyncio.wait(tasks)
+    assert tasks[0].cancelled()
+    go_on.set()
+    await request
+
+
+async def test_shielded_it_survives_who_waits_for_it() -> None:
+    """As docs/background.md says."""
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        await go_on.wait()
+        log.append("worked")
+
+    @view
+    async def waits(request: HttpRequest) -> HttpResponse:
+        tasks.append(task := spawn(work()))
+        reached.set()
+        await asyncio.shield(task)
+        return HttpResponse()
+
+    connection = Connection(ScopedASGIHandler(), "/waits")
+    request = connection.start()
+    await reached.wait()
+    connection.disconnect()
+    await request
+    go_on.set()
+    await tasks[0]
+    assert log == ["worked"]
+
+
+# After the response
+
+
+@request_scoped(until="response")
+async def transaction() -> AsyncIterator[None]:
+    yield
+    await asyncio.sleep(0)  # a COMMIT's way to the server and back
+    log.append("commit")
+
+
+async def work_after() -> None:
+    log.append("worked")
+
+
+spawned: list[asyncio.Task[None]] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_spawned() -> Iterator[None]:
+    yield
+    spawned.clear()
+
+
+def after() -> None:
+    spawned.append(spawn(work_after(), after="response", name="the mail"))
+
+
+@pytest.mark.parametrize("from_where", ["view", "child task", "sync view", "middleware"])
+async def test_after_the_response_it_begins_when_the_commit_is_done(from_where: str) -> None:
+    async def start() -> None:
+        after()
+
+    @view
+    async def commits(request: HttpRequest) -> HttpResponse:
+        await transaction()
+        if from_where == "view":
+            after()
+        elif from_where == "child task":
+            await asyncio.create_task(start())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        log.append("view done")
+        return HttpResponse()
+
+    @view
+    def commits_sync(request: HttpRequest) -> HttpResponse:
+        async_to_sync(transaction)()
+        async_to_sync(start)()
+        log.append("view done")
+        return HttpResponse()
+
+    middleware = [f"{__name__}.SpawnsAfterwards"] if from_where == "middleware" else []
+    with override_settings(MIDDLEWARE=middleware):
+        await get("/sync/commits_sync" if from_where == "sync view" else "/commits")
+    await spawned[0]
+    assert log == ["view done", "commit", "worked"]
+
+
+@async_only_middleware
+def SpawnsAfterwards(get_response: Any) -> Any:  # noqa: N802 (it stands for a class)
+    async def middleware(request: HttpRequest) -> Any:
+        response = await get_response(request)
+        after()
+        return response
+
+    return middleware
+
+
+async def test_after_the_response_it_begins_before_the_first_byte_and_may_outlive_the_stream() -> (
+    None
+):
+    @view
+    async def streams(request: HttpRequest) -> StreamingHttpResponse:
+        await transaction()
+        after()
+
+        async def body() -> AsyncIterator[str]:
+            yield "x"
+            await spawned[0]
+            log.append("last byte")
+
+        return StreamingHttpResponse(body())
+
+    await get("/streams")
+    assert log == ["commit", "worked", "last byte"]
+
+
+async def test_in_the_stream_the_response_is_over_already() -> None:
+    @view
+    async def streams(request: HttpRequest) -> StreamingHttpResponse:
+        async def body() -> AsyncIterator[str]:
+            yield "x"
+            after()
+            await spawned[0]
+
+        return StreamingHttpResponse(body())
+
+    await get("/streams")
+    assert log == ["worked"]
+
+
+@pytest.mark.parametrize(
+    "how", ["raises", "refuses", "commit fails", "noted", "client gone", "timeout", "cancelled"]
+)
+async def test_it_never_begins_if_the_request_fails(how: str, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "scoped")
+    reached = asyncio.Event()
+
+    @request_scoped(until="response")
+    async def broken() -> AsyncIterator[None]:
+        yield
+        raise ValueError("the COMMIT fails")
+
+    @request_scoped
+    async def deadline() -> AsyncIterator[None]:
+        async with asyncio.timeout(0.01):
+            yield
+
+    @view
+    async def fails(request: HttpRequest) -> HttpResponse:
+        after()
+        if how == "raises":
+            raise ValueError
+        if how == "refuses":
+            raise PermissionDenied
+        if how == "commit fails":
+            await broken()
+        if how == "noted":
+            current_scope().note_failure(ValueError())
+        if how in ("client gone", "timeout", "cancelled"):
+            reached.set()
+            if how == "timeout":
+                await deadline()
+            await asyncio.Event().wait()
+        return HttpResponse()
+
+    connection = Connection(ScopedASGIHandler(), "/fails")
+    request = connection.start()
+    if how in ("client gone", "cancelled"):
+        await reached.wait()
+        connection.disconnect() if how == "client gone" else request.cancel()
+    await asyncio.wait([request])
+    with pytest.raises(asyncio.CancelledError):
+        await spawned[0]
+    assert log == []
+    assert "the background task the mail never begins, for the request has failed" in caplog.text
+
+
+async def test_one_that_is_cancelled_while_it_waits_never_begins() -> None:
+    @view
+    async def cancels(request: HttpRequest) -> HttpResponse:
+        after()
+        spawned[0].cancel()
+        await asyncio.wait(spawned)
+        return HttpResponse()
+
+    await get("/cancels")
+    assert spawned[0].cancelled()
+    assert log == []
+
+
+async def test_under_the_test_client_too() -> None:
+    @view
+    async def commits(request: HttpRequest) -> HttpResponse:
+        await transaction()
+        after()
+        return HttpResponse()
+
+    async with AsyncClient() as client:
+        assert (await client.get("/commits")).status_code == 200
+    assert log == ["commit", "worked"]
+
+
+async def test_where_no_response_is_to_come_it_is_refused() -> None:
+    refused = r'spawn\(after="response"\) was called for work_after where no response is to come'
+    with pytest.raises(RuntimeError, match=refused):
+        after()
+    async with request_scope():
+        with pytest.raises(RuntimeError, match=refused):
+            after()
+
+    async def in_the_background() -> None:
+        with pytest.raises(RuntimeError, match=refused):
+            after()
+        log.append("refused")
+
+    await spawn(in_the_background())
+    assert log == ["refused"]
+
+
+async def test_a_task_that_outlives_its_request_is_refused_too() -> None:
+    go_on = asyncio.Event()
+    strays: list[asyncio.Task[None]] = []
+
+    async def stray() -> None:
+        await go_on.wait()
+        with pytest.raises(RuntimeError, match="where no response is to come"):
+            after()
+        log.append("refused")
+
+    @view
+    async def leaves(request: HttpRequest) -> HttpResponse:
+        strays.append(asyncio.create_task(stray()))
+        return HttpResponse()
+
+    await get("/leaves")
+    go_on.set()
+    await strays[0]
+    assert log == ["refused"]

@@ -1,8 +1,11 @@
 """The benchmarks' own code: that contenders are checked, and what is written. Nothing is timed."""
 
 import asyncio
+import subprocess
+import sys
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +15,10 @@ from benchmarks.check import WORKS, check
 from benchmarks.contenders import Contender, async_exit_stack, by_hand, ours
 from benchmarks.measure import Outcome, interleave, ratios
 from benchmarks.memory import bytes_per_scope
-from benchmarks.report import Machine, Question, write
+from benchmarks.questions import WORKS as QUESTIONS
+from benchmarks.report import Machine, Question, page_of_instructions, write
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("make", [by_hand, ours])
@@ -99,7 +105,7 @@ def test_the_page_says_what_was_measured(tmp_path):
     write(tmp_path, questions, machine, "With care.", "Measured at night.")
 
     page = (tmp_path / "benchmarks.md").read_text()
-    title, ours = "| A made-up question |", "| 4.00 (a<b) | 1.50 |"
+    title, ours = "| A made-up question |", "| 4.00 (a<b) | 4.00 (a<b) | 1.50 |"
     assert f"{title} time, x AsyncExitStack {ours} at most 1.5 | met |" in page
     assert f"{title} requests/s, x AsyncExitStack {ours} at least 1.5 | met |" in page
     assert f"{title} bytes, x AsyncExitStack {ours} at most 1.4 | **missed** |" in page
@@ -114,6 +120,35 @@ def test_the_page_says_what_was_measured(tmp_path):
         root = ElementTree.fromstring((tmp_path / chart).read_text())  # noqa: S314 (ours)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert "prefers-color-scheme: dark" in ElementTree.tostring(root, "unicode")
+
+
+def test_the_best_peer_with_protection_is_one_that_has_it():
+    figures = {"AsyncExitStack": [1], "scoped": [3], "dishka": [1], "dishka, with locks": [2]}
+    made_up = replace(question(), ratios=ratios(figures, "AsyncExitStack"))
+    assert made_up.best_peer(protected=False) == "1.00 (dishka)"
+    assert made_up.best_peer(protected=True) == "2.00 (dishka, with locks)"
+
+
+def test_the_page_of_instructions_has_a_figure_and_a_ratio_for_each():
+    units = {work.key: 10_000.0 for work in QUESTIONS}
+    figures = {
+        "AsyncExitStack": {**units, "memory": 1_000.0},
+        "hand-written": {**units, "memory": 2_000.0},
+        "lazy": {"empty": 25_000.0},
+    }
+    machine = Machine("an abacus", "Linux", "CPython 3.13", {"Django": "6.1"})
+    page = page_of_instructions(QUESTIONS, figures, machine)
+    ten, none = "10,000 (1.00)", "-"
+    assert f"| AsyncExitStack | {' | '.join([ten] * 5)} | 1,000 (1.00) |" in page
+    assert f"| hand-written | {' | '.join([ten] * 5)} | 2,000 (2.00) |" in page
+    assert f"| lazy | {' | '.join([none] * 4)} | 25,000 (2.50) | {none} |" in page
+    assert "| at most 1.35 | at most 0.75 |" in page
+
+
+def test_the_process_that_is_counted_does_the_work():
+    plan = [f"{work.key}:2" for work in QUESTIONS]
+    command = [sys.executable, "-m", "benchmarks.counted", "ours", *plan]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=50)
 
 
 def test_a_contender_names_all_kinds_of_work():

@@ -35,7 +35,7 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.core import first_use
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.place import thread_here
-from scoped.core.record import HELD
+from scoped.core.record import HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
@@ -657,6 +657,39 @@ class TestThreadsAtTheMomentOfClosing:
             assert log == ["transaction", "told"]
             assert what_is_kept(scope) == []
         assert len(set(up_in)) == 1
+
+    def test_a_release_and_the_end_of_the_scope_take_it_once(self, log: list[str]) -> None:
+        meeting = threading.Barrier(2)
+        taken: list[bool] = []
+
+        class Contended(RequestScope):
+            """Two come to take it in the same moment."""
+
+            __slots__ = ()
+
+            def take(self, record: Record) -> bool:
+                with suppress(threading.BrokenBarrierError):
+                    meeting.wait(DEADLINE)
+                is_mine = super().take(record)
+                taken.append(is_mine)
+                return is_mine
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            yield "tenant"
+            log.append("tenant")
+
+        def use_and_release() -> None:
+            tenant()
+            tenant.release()
+
+        with Contended("the request scope"):
+            thread = in_thread(use_and_release, contextvars.copy_context())
+            while not meeting.n_waiting:
+                time.sleep(0.001)
+        thread.join(DEADLINE)
+        assert sorted(taken) == [False, True]
+        assert log == ["tenant"]
 
     async def test_a_lifespan_is_not_begun_for_a_request_that_has_ended(
         self, log: list[str]

@@ -5,8 +5,10 @@ import logging
 import re
 import runpy
 import sys
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 import asgiref
 import django
@@ -15,9 +17,12 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import ERROR, WARNING, run_checks
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management import call_command
+from django.core.handlers.wsgi import WSGIHandler
+from django.core.management import call_command, get_commands
 from django.core.management.base import SystemCheckError
-from django.test import override_settings
+from django.http import Http404
+from django.test import RequestFactory, override_settings
+from django.urls import path
 
 import scoped.checks
 from scoped import lifespan_scoped, request_scoped
@@ -25,6 +30,9 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.checks.yields import first_skipped_line
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
+from scoped.serving.receivers import connect
+from scoped.testing import override
+from scoped.wsgi import ScopedWSGIHandler
 from tests.startproject import Project
 
 HANDLER_ID = "scoped.W001" if django.VERSION < (6, 1) else "scoped.W002"
@@ -38,10 +46,10 @@ def declared(monkeypatch):
     return Resource.declared
 
 
-def found(check_id=None):
+def found(check_id=None, *, deploy=False):
     return [
         message
-        for message in run_checks(tags=["scoped"])
+        for message in run_checks(tags=["scoped"], include_deployment_checks=deploy)
         if check_id is None or message.id == check_id
     ]
 
@@ -109,10 +117,8 @@ class TestSettings:
         monkeypatch.setattr(settings, "SCOPED", {"COLOUR": "red", 5: 5}, raising=False)
         [message] = found()
         assert "5, COLOUR" in message.msg
-        assert (
-            "Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, MAX_IDLE_THREADS."
-            in message.hint
-        )
+        assert message.hint.startswith("Known: TEARDOWN_TIMEOUT, SLOW_TEARDOWN, SHUTDOWN_TIMEOUT, ")
+        assert message.hint.endswith(", MAX_IDLE_THREADS.")
         assert "Did you mean" not in message.hint
 
     def test_every_mistake_is_named_at_once(self, monkeypatch):
@@ -307,6 +313,158 @@ class TestWSGI:
             "@request_scoped\nasync def of_a_view():\n    return 1\nurlpatterns = []\n"
         )
         assert "urls.of_a_view" in found("scoped.W003")[0].msg
+
+
+class TestRunserver:
+    """No check is told which command runs: `sys.argv` says so."""
+
+    @pytest.fixture
+    def site(self, site, monkeypatch):
+        (site / "asgi.py").write_text(OURS)
+        monkeypatch.chdir(site.parent)
+        monkeypatch.setattr(sys, "argv", ["manage.py", "runserver", "8001"])
+        return site
+
+    @pytest.fixture
+    def db(self):
+        @request_scoped
+        async def db():
+            yield "db"
+
+        return db
+
+    def test_where_async_resources_are_declared_it_says_how_to_serve_them(self, site, db):
+        [message] = found()
+        assert (message.id, message.level) == ("scoped.W005", WARNING)
+        assert db.resource.factory.name in message.msg
+        assert f"`uvicorn --reload {site.name}.asgi:application" in message.hint
+
+    def test_that_of_staticfiles_is_djangos_too(self, site, db):
+        with apps_with("django.contrib.staticfiles"):
+            assert [message.id for message in found()] == ["scoped.W005"]
+
+    def test_that_of_another_app_may_serve_over_asgi(self, site, db, monkeypatch):
+        monkeypatch.setattr(scoped.checks, "get_commands", lambda: {"runserver": "daphne"})
+        assert found() == []
+
+    @pytest.mark.parametrize("argv", [["manage.py", "check"], ["manage.py"], ["uvicorn"]])
+    def test_other_commands_are_not_meant(self, site, db, monkeypatch, argv):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert found() == []
+
+    def test_sync_resources_work_there(self, site):
+        @request_scoped
+        def tenant():
+            return "tenant"
+
+        assert found() == []
+
+    def test_a_project_without_an_asgi_application_is_told_that_and_no_more(self, site, db):
+        (site / "asgi.py").unlink()
+        (site / "wsgi.py").touch()
+        assert [message.id for message in found()] == ["scoped.W003"]
+
+
+@contextmanager
+def apps_with(name):
+    with override_settings(INSTALLED_APPS=[*settings.INSTALLED_APPS, name]):
+        get_commands.cache_clear()
+        yield
+    get_commands.cache_clear()
+
+
+class TestDeploy:
+    """What `check --deploy` adds: tests override, and every new project has a wsgi.py."""
+
+    @pytest.fixture
+    def transaction(self):
+        @request_scoped
+        def transaction():
+            yield "transaction"
+
+        return transaction
+
+    def test_an_override_in_force_is_named_with_its_resource(self, site, transaction):
+        with override(transaction, "a fake"):
+            assert found() == []
+            [message] = found(deploy=True)
+        assert (message.id, message.level) == ("scoped.W006", WARNING)
+        assert message.obj is transaction.resource
+        assert str(message).startswith(str(transaction.resource))
+        assert found(deploy=True) == []
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "from django.core.wsgi import get_wsgi_application\n",
+            "from django.core.handlers import wsgi\nwsgi.WSGIHandler()\n",
+            "from django.core.handlers.wsgi import WSGIHandler\n",
+        ],
+    )
+    def test_djangos_wsgi_handler_is_a_warning_where_sync_resources_are_torn_down(
+        self, site, transaction, source
+    ):
+        (site / "wsgi.py").write_text(source)
+        assert found() == []
+        messages = [message.id for message in found(deploy=True)]
+        if "WSGIHandler()" in source:  # no name of it is imported: not every way is seen
+            assert messages == []
+            return
+        assert messages == ["scoped.W007"]
+        [message] = found(deploy=True)
+        assert transaction.resource.factory.name in message.msg
+        assert f"{site.name}/wsgi.py serves" in message.msg
+        assert "scoped.wsgi" in message.hint
+
+    def test_ours_is_none(self, site, transaction):
+        (site / "wsgi.py").write_text("from scoped.wsgi import get_wsgi_application\n")
+        assert found(deploy=True) == []
+
+    def test_where_nothing_would_commit_it_is_none(self, site):
+        @request_scoped
+        def tenant():
+            return "tenant"
+
+        @lifespan_scoped
+        def registry():
+            yield "registry"
+
+        (site / "asgi.py").write_text(OURS)
+        (site / "wsgi.py").write_text("from django.core.wsgi import get_wsgi_application\n")
+        assert found(deploy=True) == []
+
+    @pytest.mark.parametrize(
+        ("handler", "ending"), [(WSGIHandler, "committed"), (ScopedWSGIHandler, "rolled back")]
+    )
+    def test_what_it_says_of_djangos_wsgi_handler_is_so(self, handler, ending):
+        log = []
+
+        @request_scoped
+        def transaction():
+            try:
+                yield
+            except BaseException:
+                log.append("rolled back")
+                raise
+            log.append("committed")
+
+        def view(request):
+            transaction()
+            raise Http404
+
+        module = ModuleType("urls")
+        module.urlpatterns = [path("", view)]
+        connect()
+        with override_settings(ROOT_URLCONF=module, ALLOWED_HOSTS=["*"]):
+            statuses = []
+            environ = RequestFactory()._base_environ(PATH_INFO="/")
+
+            def serve():
+                handler()(environ, lambda status, headers: statuses.append(status)).close()
+
+            contextvars.copy_context().run(serve)
+        assert statuses == ["404 Not Found"]
+        assert log == [ending]
 
 
 # In each a failure would skip what is in the line of `close()`, and that first.
@@ -745,6 +903,24 @@ class TestARealProject:
         checked = project.manage("check", "--fail-level", "WARNING")
         assert checked.returncode == 1
         assert "(scoped.W003)" in checked.stderr
+
+    def test_who_follows_the_readme_to_runserver_is_told_how_to_serve(self, project):
+        project.write("resources.py", RESOURCES.replace('    print("closed")\n', ""))
+        asgi = project.file("asgi.py").read_text()
+        project.write("asgi.py", asgi.replace("django.core.asgi", "scoped.asgi"))
+        project.append("wsgi.py", "raise SystemExit('it would serve now')\n")
+        project.append("settings.py", "DATABASES = {}\n")
+        run = project.manage("runserver", "--noreload", "127.0.0.1:0")
+        assert "(scoped.W005) Django's runserver is a WSGI server." in run.stderr
+        assert "uvicorn --reload shop.asgi:application" in run.stderr
+
+    def test_an_override_that_is_left_in_the_code_is_found_before_it_is_deployed(self, project):
+        left = "from scoped.testing import override\noverride(db, 'a fake').__enter__()\n"
+        project.write("resources.py", RESOURCES.replace('    print("closed")\n', "") + left)
+        assert "scoped.W006" not in project.manage("check").stderr
+        checked = project.manage("check", "--deploy", "--tag", "scoped")
+        assert "shop.resources.db (" in checked.stderr
+        assert "(scoped.W006) An override() of it is in force" in checked.stderr
 
     def test_a_mistyped_setting_is_reported_by_check_and_refused_by_the_server(self, project):
         project.append("settings.py", 'SCOPED = {"TEARDOWN_TIMOUT": 5}\n')

@@ -5,20 +5,31 @@ from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
 from scoped.core.scope import Scope
+from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
 
 @pytest.fixture(autouse=True)
 def _defaults():
-    before = Scope.teardown_timeout, Scope.shutdown_timeout, LentThread.max_idle
+    def values():
+        long_stream = LongStream.seconds
+        return Scope.teardown_timeout, Scope.shutdown_timeout, LentThread.max_idle, long_stream
+
+    before = values()
     yield
-    assert (Scope.teardown_timeout, Scope.shutdown_timeout, LentThread.max_idle) == before
+    assert values() == before
 
 
 def test_settings_are_in_force_and_undone():
     with override_settings(
-        SCOPED={"TEARDOWN_TIMEOUT": 1, "SHUTDOWN_TIMEOUT": 2.5, "MAX_IDLE_THREADS": 0}
+        SCOPED={
+            "TEARDOWN_TIMEOUT": 1,
+            "SHUTDOWN_TIMEOUT": 2.5,
+            "MAX_IDLE_THREADS": 0,
+            "LONG_STREAM": None,
+        }
     ):
+        assert LongStream.seconds is None
         assert (Scope.teardown_timeout, Scope.shutdown_timeout) == (1, 2.5)
         assert LentThread.max_idle == 0
 
@@ -30,6 +41,8 @@ def test_settings_are_in_force_and_undone():
         ({"TEARDOWN_TIMEOUT": 0}, "number of seconds greater than 0"),
         ({"SHUTDOWN_TIMEOUT": "10"}, "number of seconds greater than 0"),
         ({"SHUTDOWN_TIMEOUT": True}, "number of seconds greater than 0"),
+        ({"LONG_STREAM": 0}, "number of seconds greater than 0, or to None for never"),
+        ({"LONG_STREAM": "60"}, "number of seconds greater than 0, or to None for never"),
         ({"MAX_IDLE_THREADS": -1}, "number of threads, 0 or more"),
         ({"MAX_IDLE_THREADS": 1.5}, "number of threads, 0 or more"),
     ],

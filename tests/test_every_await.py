@@ -400,8 +400,11 @@ async def attack_request(attack: Attack, where: str, signals: list[str]) -> bool
 
 def check_end(attack: Attack, task: "asyncio.Task[Any]") -> None:
     error = None if task.cancelled() else task.exception()
-    assert error is None, str(attack)
-    if attack.kind != "the task itself":
+    if attack.kind == "the task itself":  # by nobody who may end a request: so it has failed
+        known = ("neither by its client nor by the server", "teardown")
+        assert error is None or any(one in str(error) for one in known), str(attack)
+    else:
+        assert error is None, str(attack)
         assert task.cancelled() is (attack.struck and attack.kind != "client"), str(attack)
 
 

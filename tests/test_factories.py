@@ -423,7 +423,7 @@ class TestAnnotations:
         if sys.version_info < (3, 14):
             source = "from __future__ import annotations\n" + source
         made: dict[str, Any] = {"__name__": __name__}
-        exec(source, made)  # noqa: S102
+        exec(source, made)  # noqa: S102 (ours)
         assert declare(made["tenant"]).resource.factory.kind == "function"
         assert declare(functools.partial(made["db"])).resource.factory.kind == "async generator"
 

@@ -118,7 +118,50 @@ def test_the_oldest_that_is_allowed_can_be_asked_for() -> None:
     assert names == [re.split(r"[<>=]", line)[0] for line in PROJECT["dependencies"]]
 
 
-# Commands of CONTRIBUTING
+# .ci/run, and the commands of CONTRIBUTING
+
+
+def bash(script: str, *names: str, folder: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    """Runs it with functions of .ci/run."""
+    found = [re.search(rf"^{name}\(\) \{{.*?^\}}$", RUN, re.M | re.S) for name in names]
+    functions = "\n".join(match[0] for match in found if match)
+    assert len(names) == len([match for match in found if match])
+    program = f"set -euo pipefail\nuser=()\n{functions}\n{script}"
+    return subprocess.run(
+        ["/bin/bash", "-c", program], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "passes"),
+    [
+        ("==== 12 passed, 3 deselected in 1.2s ====", 0, True),
+        ("12 passed in 1.2s", 0, True),
+        ("12 passed, 1 warning in 1.2s", 1, False),
+        ("==== 12 passed, 1 skipped in 1.2s ====", 0, False),
+        ("SKIPPED [1] tests/test_x.py:3: no redis\n12 passed in 1.2s", 0, False),
+        ("==== 3 deselected in 1.2s ====", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_ci_fails_where_tests_fail_or_are_skipped_or_none_is_run(
+    tmp_path: Path, printed: str, code: int, passes: bool
+) -> None:
+    (tmp_path / "a clone").mkdir()
+    (tmp_path / "a clone" / "output").write_text(printed)
+    script = f"constraints() {{ :; }}\ntested '{tmp_path}' 'cat output; exit {code}'\necho went on"
+    done = bash(script, "say", "fail", "in_fresh", "tested")
+    assert (done.returncode == 0) == passes, done.stdout + done.stderr
+    assert ("went on" in done.stdout) == passes
+
+
+def test_ci_finds_the_commands_as_they_stand(tmp_path: Path) -> None:
+    for page, heading in (("README.md", "The demo"), ("CONTRIBUTING.md", "The tests")):
+        done = bash(f'command_in {page} "{heading}"', "command_in")
+        assert done.stdout.startswith("python3 -m venv .venv && ")
+        assert done.stdout.count("\n") == 1
+        assert done.stdout in (ROOT / page).read_text()
+    assert bash('command_in README.md "No such"', "command_in").stdout == ""
 
 
 def test_ci_runs_the_test_command_as_it_stands_in_contributing() -> None:

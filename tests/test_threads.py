@@ -1,25 +1,38 @@
-"""Promise 22: the thread for a request's sync code, taken when needed, lent again, never shared."""
+"""The thread for a request's sync code: taken when it is needed, lent again, never shared.
+
+Promise 22, where it is not said otherwise.
+"""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
+from collections import deque
+from contextvars import ContextVar
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.cache import close_caches
 from django.core.signals import request_finished, request_started
-from django.db import close_old_connections, connections, reset_queries
+from django.db import close_old_connections, connections, reset_queries, transaction
 from django.db.backends.signals import connection_created
 from django.http import HttpResponse
 from django.test import override_settings
 
+from scoped import spawn
 from scoped.asgi import ScopedASGIHandler
 from scoped.serving import threads
-from scoped.serving.threads import LentThread, end_idle
+from scoped.serving.threads import LentThread
+from scoped.testing import AsyncClient
 from tests.connection import Connection
+from tests.recipes.conftest import lifespan
 from tests.slowness import within
 from tests.views import Views
 
+variable = ContextVar("variable", default="nothing")
+local = threading.local()
 view = Views()
 urlpatterns = view.urlpatterns
 
@@ -31,7 +44,7 @@ def ours():
 def end_all():
     deadline = time.monotonic() + within(10)
     while ours() and time.monotonic() < deadline:  # one that works takes itself back later
-        end_idle()
+        threads.end_idle()
         for thread in ours():
             thread.join(0.01)
 
@@ -112,6 +125,29 @@ async def test_a_thread_is_lent_again(handler):
     assert len(ours()) == 1
 
 
+async def test_a_thread_knows_nothing_of_the_context_that_it_was_started_in():
+    """Python 3.14 can be told to let threads inherit it."""
+    variable.set("the request's")
+    worker = threads._Worker()
+    seen = asyncio.get_running_loop().create_future()
+    worker.give(variable.get, seen)
+    assert await seen == "nothing"
+    worker.end()
+
+
+@pytest.mark.parametrize("raised", [ValueError("no"), StopIteration(1), KeyboardInterrupt()])
+async def test_what_sync_code_raises_reaches_who_waits_for_it(raised):
+    def raises():
+        raise raised
+
+    with LentThread() as thread, pytest.raises(BaseException) as caught:
+        await thread.submit(raises)
+    if isinstance(raised, StopIteration):  # which no future can hold
+        assert isinstance(caught.value, RuntimeError)
+    else:
+        assert caught.value is raised
+
+
 async def test_requests_side_by_side_never_share_a_thread(handler):
     meet = threading.Barrier(5)
 
@@ -168,7 +204,7 @@ async def test_work_that_was_cancelled_does_not_make_a_busy_thread_seem_idle():
     go_on = threading.Event()
     lent = LentThread()
     lent.submit(go_on.wait, 10)
-    assert lent.submit(print).cancel()
+    assert lent.submit(pytest.fail, "it was cancelled").cancel()
     assert lent.is_busy
     lent.give_back()
     assert list(threads._idle) == []
@@ -192,26 +228,23 @@ async def test_idle_threads_above_the_bound_are_let_go(handler):
         assert len(ours()) == 2
 
 
-async def test_a_straggler_is_told_and_never_runs_on_another_requests_thread(handler):
+async def test_a_stragglers_sync_code_runs_but_never_on_another_requests_thread(handler):
     late = asyncio.Event()
-    outcome = asyncio.get_running_loop().create_future()
 
     async def straggler():
         await late.wait()
-        try:
-            outcome.set_result(await sync_to_async(threading.get_ident)())
-        except RuntimeError as error:
-            outcome.set_result(error)
+        return [await sync_to_async(threading.get_ident)() for _ in range(2)]
 
     @view
     async def leaves_a_straggler(request):
-        await sync_to_async(threading.get_ident)()
         view["task"] = asyncio.create_task(straggler())
-        return HttpResponse()
+        return HttpResponse(str(await sync_to_async(threading.get_ident)()))
 
-    await get(handler, "/leaves_a_straggler")
+    left = (await get(handler, "/leaves_a_straggler")).body
     late.set()
-    assert "ThreadSensitiveContext has exited" in str(await outcome)
+    first, second = await view.pop("task")
+    assert first == second  # one thread, as a transaction of several steps needs
+    assert str(first).encode() != left == (await get(handler, "/sync/which_thread")).body
 
 
 def test_sync_code_that_waits_for_a_request_lends_its_own_thread():
@@ -249,11 +282,127 @@ async def test_django_s_own_receivers_tidy_the_thread_before_its_first_work(hand
         return receiver
 
     # As the handler sees them: Django's, by identity. What they do shows in the database tests.
-    handler_tidy = LentThread(tells("tidy"))
-    handler_tidy.submit(lambda: order.append(("work", threading.get_ident()))).result(10)
-    handler_tidy.give_back()
+    with LentThread(tells("tidy")) as thread:
+        await thread.submit(lambda: order.append(("work", threading.get_ident())))
     assert [name for name, _ in order] == ["tidy", "work"]
     assert len({ident for _, ident in order}) == 1
+
+
+async def test_what_tidies_the_thread_late_does_so_before_whoever_is_next():
+    order = []
+    for name in ("first", "second"):
+        with LentThread() as thread:
+            await thread.submit(order.append, name)
+            assert thread.can_be_tidied_later
+            thread.tidy_later(lambda: order.append("tidied"))
+    async with lifespan(ScopedASGIHandler()):
+        pass  # its end waits for idle threads
+    assert order == ["first", "tidied", "second", "tidied"]
+    assert threads._idle == deque()
+
+
+def test_a_background_task_has_a_thread_where_there_is_no_django():
+    program = (
+        "import asyncio, sys\n"
+        "from asgiref.sync import sync_to_async\n"
+        "from scoped import spawn\n"
+        "async def work():\n"
+        "    print(await sync_to_async(lambda: 'done')())\n"
+        "async def main():\n"
+        "    for _ in range(2):\n"
+        "        await spawn(work())\n"
+        "asyncio.run(main())\n"
+    )
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": ""}
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (ran.stdout, ran.stderr) == ("done\ndone\n", "")
+
+
+# A thread whose request was cut off: what its code would have cleaned up is still there
+
+
+def keeps_user(get_response):
+    """As many a middleware does, without a `finally`."""
+
+    def middleware(request):
+        if "user" in request.GET:
+            local.user = request.GET["user"]
+        response = get_response(request)
+        if hasattr(local, "user"):
+            del local.user
+        return response
+
+    return middleware
+
+
+@view
+async def hangs(request):
+    view["begun"].set()
+    await asyncio.Event().wait()
+
+
+@view
+def whoami(request):
+    return HttpResponse(getattr(local, "user", "nobody"))
+
+
+@pytest.mark.parametrize("end", ["the client goes", "the server cancels"])
+async def test_no_request_is_the_heir_of_one_that_was_cut_off(end):
+    with override_settings(MIDDLEWARE=[f"{__name__}.keeps_user"]):
+        handler = ScopedASGIHandler()
+        for _ in range(5):
+            view["begun"] = asyncio.Event()
+            connection = Connection(handler, "/hangs", query_string=b"user=ada")
+            task = connection.start()
+            await view["begun"].wait()
+            connection.disconnect() if end == "the client goes" else task.cancel()
+            await asyncio.wait([task])
+            assert (await get(handler, "/sync/whoami")).body == b"nobody"
+
+
+async def test_no_request_is_the_heir_of_one_whose_response_could_not_be_sent(handler):
+    async def fails(number, message):
+        raise OSError("gone")
+
+    connection = Connection(handler, "/sync/which_thread", before_send=fails)
+    with pytest.raises(OSError, match="gone"):
+        await connection.run()
+    assert list(threads._idle) == []
+
+
+async def test_a_sync_view_that_runs_on_when_its_client_has_gone_ends_with_its_thread(handler):
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    @view
+    def runs_on(request):
+        view["ran in"] = threading.current_thread()
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(10)
+
+    connection = Connection(handler, "/sync/runs_on")
+    task = connection.start()
+    await begun.wait()
+    connection.disconnect()
+    go_on.set()
+    await task
+    await asyncio.to_thread(view.pop("ran in").join, 10)
+    assert ours() == []
+
+
+async def test_no_task_is_the_heir_of_a_background_task_that_failed():
+    async def fails():
+        await sync_to_async(setattr)(local, "user", "ada")
+        raise ValueError("no")
+
+    async def asks():
+        found.append(await sync_to_async(getattr)(local, "user", "nobody"))
+
+    found = []
+    await asyncio.wait([spawn(fails())])
+    await spawn(asks())
+    assert found == ["nobody"]
 
 
 # A real database: connections belong to threads
@@ -323,6 +472,94 @@ async def test_a_connection_past_its_age_or_broken_is_not_handed_out(handler, da
 async def test_under_debug_the_query_log_is_that_of_the_request(handler, database):
     with override_settings(DEBUG=True):
         assert [(await get(handler, "/sync/queries")).body for _ in range(3)] == [b"1"] * 3
+
+
+@view
+def begins(request):
+    """A transaction, by hand; and whether it found one."""
+    connection = connections["default"]
+    found = connection.in_atomic_block
+    transaction.atomic().__enter__()
+    connection.cursor().execute("CREATE TABLE IF NOT EXISTS t (n)")
+    return HttpResponse(str(found))
+
+
+@pytest.mark.parametrize("database", [60], indirect=True)
+async def test_a_transaction_that_nobody_ended_ends_with_its_request(handler, database):
+    for _ in range(3):
+        assert (await get(handler, "/sync/begins")).body == b"False"
+        assert (await get(handler, "/sync/tables")).body == b"0"  # rolled back, and not locked out
+    assert len(ours()) == 1
+
+
+@view
+def tables(request):
+    with connections["default"].cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM sqlite_master")
+        return HttpResponse(str(cursor.fetchone()[0]))
+
+
+class AsyncAtomic(transaction.Atomic):
+    """As projects write it."""
+
+    def __init__(self):
+        super().__init__(None, True, False)
+
+    async def __aenter__(self):
+        await sync_to_async(self.__enter__)()
+
+    async def __aexit__(self, *exc_info):
+        await sync_to_async(self.__exit__)(*exc_info)
+
+
+@pytest.mark.parametrize("database", [0, 60], indirect=True)
+async def test_a_client_that_leaves_during_begin_poisons_no_thread(handler, database, monkeypatch):
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    enter = AsyncAtomic.__enter__
+
+    def enters_late(self):
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(10)
+        enter(self)
+
+    @view
+    async def transfers(request):
+        async with AsyncAtomic():
+            pytest.fail("its client has gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncAtomic, "__enter__", enters_late)
+        connection = Connection(handler, "/transfers")
+        task = connection.start()
+        await begun.wait()
+        connection.disconnect()
+        go_on.set()
+        await task
+    assert [(await get(handler, "/sync/tables")).status for _ in range(2)] == [200, 200]
+
+
+@pytest.mark.parametrize("database", [60], indirect=True)
+async def test_a_thread_that_is_not_kept_closes_its_connection(handler, database):
+    with override_settings(SCOPED={"MAX_IDLE_THREADS": 0}):
+        await get(handler, "/sync/queries")
+        await asyncio.to_thread(end_all)
+    assert [connection.connection for connection in database] == [None]
+
+
+@pytest.mark.parametrize("database", [60], indirect=True)
+async def test_when_the_server_shuts_down_idle_threads_close_their_connections(handler, database):
+    async with lifespan(handler):
+        await get(handler, "/sync/queries")
+        assert database[0].connection is not None
+    assert database[0].connection is None
+
+
+@pytest.mark.parametrize("database", [60], indirect=True)
+async def test_when_the_test_client_returns_no_connection_is_left_in_another_thread(database):
+    """Or the test database could not be dropped."""
+    assert (await AsyncClient().get("/sync/queries")).status_code == 200
+    assert [connection.connection for connection in database] == [None]
 
 
 def test_the_tidy_receivers_are_those_that_django_connects():

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Self
 
 import httpx
@@ -27,6 +28,7 @@ class Page(Visitor):
         self.gauges: dict[str, dict[str, Any]] = {}
         self._heard: dict[str, float] = {}
         self.messages: list[str] = []
+        self.score: dict[str, Any] = {}
         self.before = 0.0
         self._connection: socket.socket | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -40,7 +42,8 @@ class Page(Visitor):
 
     def __exit__(self, *exc_info: object) -> None:
         assert self._connection is not None
-        self._connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the demo was faster
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._reader.join()
         super().__exit__(*exc_info)
 
@@ -71,9 +74,11 @@ class Page(Visitor):
             return
         if data.get("gauges"):
             self._heard[data["process"]] = time.monotonic()
-            self.gauges[data["process"]] = data["gauges"]
+            before = self.gauges.get(data["process"], {})
+            self.gauges[data["process"]] = before | data["gauges"]  # some come once a second only
         elif "process" in data:
             self.gauges.pop(data["process"], None)  # its last report
+        self.score = data.get("score") or self.score
         for row in data["rows"]:
             self.rows[row["id"]] = row
 
@@ -84,15 +89,19 @@ class Page(Visitor):
             (row for row in rows if title in row["title"]), key=lambda row: float(row["began"])
         )
 
-    def ended(self, title: str, number: int = 1) -> list[Row]:
+    @cached_property
+    def page_text(self) -> str:
+        return self.page()
+
+    def ended(self, title: str, number: int = 1, seconds: float = 10) -> list[Row]:
         """Those rows, once so many are there and all have ended."""
 
         def rows() -> list[Row] | None:
-            found = self.new(title)
+            found = [row for row in self.new(title) if row["title"].endswith(title)]
             done = len(found) == number and all(row["ended"] for row in found)
             return found if done else None
 
-        found: list[Row] = eventually(rows)
+        found: list[Row] = eventually(rows, seconds)
         return found
 
     def gauge(self, *names: str) -> int:
@@ -109,7 +118,7 @@ class Page(Visitor):
 
     def settled(self) -> bool:
         """Nothing of ours is open but pages."""
-        open_ones = ("scopes",), ("pool", "in_use"), ("pool", "waiting")
+        open_ones = ("scopes",), ("scoped", "in_use"), ("scoped", "waiting")
         return not any(self.gauge(*names) for names in open_ones)
 
 

@@ -16,6 +16,16 @@ def environ(where: str | None = "/", **more: Any) -> dict[str, Any]:
     }
 
 
+def form(text: str) -> dict[str, Any]:
+    """What makes it a POST of a form."""
+    return {
+        "REQUEST_METHOD": "POST",
+        "CONTENT_TYPE": "application/x-www-form-urlencoded",
+        "CONTENT_LENGTH": str(len(text)),
+        "wsgi.input": io.BytesIO(text.encode()),
+    }
+
+
 def call(
     application: Callable[..., Any], where: str | None = "/", **more: Any
 ) -> tuple[str, bytes]:

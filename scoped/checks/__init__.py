@@ -4,6 +4,7 @@ before. ``docs/checks.md`` has a section on each.
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,21 +15,31 @@ import django
 from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage
+from django.core.management import get_commands
 from django.utils.version import get_version_tuple
 
 from scoped import conf
 from scoped.checks.yields import first_skipped_line
-from scoped.core.resource import Resource
+from scoped.core.override import overridden
+from scoped.core.resource import Lifetime, Resource
 from scoped.discovery import import_urls
 
 __all__ = ["declared_resources", "path_from_here", "register"]
 
 _DJANGOS = ("django.core.asgi", "django.core.handlers.asgi.ASGIHandler")
+# Whose `runserver` is Django's; that of an app such as daphne serves over ASGI.
+_DJANGOS_RUNSERVER = ("django.core", "django.contrib.staticfiles")
+_DJANGOS_WSGI = ("django.core.wsgi", "django.core.handlers.wsgi.WSGIHandler")
 
 
 def register() -> None:
-    for check in (check_asgiref, check_settings, check_handler, check_wsgi, check_yields):
+    for check in (
+        *(check_asgiref, check_settings, check_handler, check_wsgi, check_runserver),
+        check_yields,
+    ):
         checks.register(check, "scoped")
+    for check in (check_overrides, check_wsgi_handler):
+        checks.register(check, "scoped", deploy=True)
 
 
 def check_asgiref(**kwargs: Any) -> list[CheckMessage]:
@@ -71,9 +82,7 @@ def _djangos_handler(path: Path) -> CheckMessage:
 def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
     if not (settings.WSGI_APPLICATION or _beside_the_settings("wsgi.py")) or _asgi_files():
         return []
-    factories = [resource.factory for resource in declared_resources()]
-    names = [factory.name for factory in factories if factory.is_async]
-    if not names:
+    if not (names := _async_resources()):
         return []
     return [
         checks.Warning(
@@ -85,6 +94,30 @@ def check_wsgi(**kwargs: Any) -> list[CheckMessage]:
             id="scoped.W003",
         )
     ]
+
+
+def check_runserver(**kwargs: Any) -> list[CheckMessage]:
+    """Of the command that runs, as no check is told which one that is."""
+    if sys.argv[1:2] != ["runserver"] or get_commands().get("runserver") not in _DJANGOS_RUNSERVER:
+        return []
+    paths, names = _asgi_files(), _async_resources()
+    if not paths or not names:
+        return []
+    module = ".".join(Path(path_from_here(paths[0])).with_suffix("").parts[-2:])
+    return [
+        checks.Warning(
+            "Django's runserver is a WSGI server. Async resources raise AsyncResourceError under "
+            f"it: {', '.join(names)}.",
+            hint=f"Run `uvicorn --reload {module}:application --timeout-graceful-shutdown 5`; or "
+            'put "daphne" first in INSTALLED_APPS, whose runserver serves over ASGI.',
+            id="scoped.W005",
+        )
+    ]
+
+
+def _async_resources() -> list[str]:
+    factories = [resource.factory for resource in declared_resources()]
+    return [factory.name for factory in factories if factory.is_async]
 
 
 def check_yields(**kwargs: Any) -> list[CheckMessage]:
@@ -100,6 +133,54 @@ def check_yields(**kwargs: Any) -> list[CheckMessage]:
         )
         for resource in declared_resources()
         if (line := first_skipped_line(resource.factory.function)) is not None
+    ]
+
+
+def check_overrides(**kwargs: Any) -> list[CheckMessage]:
+    """With ``--deploy``: tests override, and run the other checks too."""
+    return [
+        checks.Warning(
+            "An override() of it is in force as soon as the project is loaded: what is meant for "
+            "a test stands in its place.",
+            hint="Leave override() to the tests, in a `with` or as a decorator. For another "
+            "factory in production, declare that one.",
+            obj=resource,
+            id="scoped.W006",
+        )
+        for resource in sorted(overridden(), key=_place)
+    ]
+
+
+def check_wsgi_handler(**kwargs: Any) -> list[CheckMessage]:
+    """
+    With ``--deploy``, as every new project has such a file: of those in which it would
+    matter, whose resources WSGI can serve.
+    """
+    names = [
+        resource.factory.name
+        for resource in declared_resources()
+        if resource.lifetime is not Lifetime.LIFESPAN
+        and resource.factory.is_generator
+        and not resource.factory.is_async
+    ]
+    paths = [
+        path
+        for path in _beside_the_settings("wsgi.py")
+        if _uses_djangos_handler(path, _DJANGOS_WSGI, "scoped.wsgi")
+    ]
+    return [
+        checks.Warning(
+            f"{path_from_here(path)} serves the project with Django's own WSGI handler. Under it "
+            "factories are not told of Http404, PermissionDenied and other exceptions that become "
+            "a response, nor of a stream's: what commits when the request has succeeded commits "
+            'then, too. What is declared with until="response" raises NoScopeError. So with: '
+            f"{', '.join(names)}.",
+            hint="Write `from scoped.wsgi import get_wsgi_application` there, in place of "
+            "Django's.",
+            id="scoped.W007",
+        )
+        for path in paths
+        if names
     ]
 
 
@@ -157,14 +238,16 @@ def _file_of(module: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
-def _uses_djangos_handler(path: Path) -> bool:
+def _uses_djangos_handler(
+    path: Path, djangos: tuple[str, ...] = _DJANGOS, ours: str = "scoped.asgi"
+) -> bool:
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError):
         return False
     names = set(_imported(tree))
-    return any(name.startswith(_DJANGOS) for name in names) and not any(
-        name.startswith("scoped.asgi") for name in names
+    return any(name.startswith(djangos) for name in names) and not any(
+        name.startswith(ours) for name in names
     )
 
 

@@ -78,6 +78,10 @@ class LifespanScope(Scope):
         self.sync_only = request.loop is None
         return self
 
+    def withdraw(self) -> None:
+        """Another thread's is the lifespan: nobody is to see this one among what is open."""
+        self._state = "closed"
+
     @classmethod
     def hold(cls) -> "LifespanScope":
         """The lifespan of the running event loop, or of sync code, opened now if need be."""
@@ -227,6 +231,15 @@ class LifespanScope(Scope):
         if self.loop is not None:
             self._in_loop(self._wait_for_the_end)
         atexit.register(self._close_at_exit)
+
+    def tell_of_no_server(self) -> None:
+        logger.warning(
+            "A request needs the lifespan, and the server has not begun one: it begins now, and "
+            "ends with the event loop, if the server lets that end. Have the server speak ASGI's "
+            "lifespan protocol (not `uvicorn --lifespan off`); have an application that mounts "
+            "this one pass its lifespan on, or hold `async with lifespan_scope():` in its own. "
+            "daphne has none: there it ends at the interpreter's exit."
+        )
 
     def _close_at_exit(self) -> None:
         """

@@ -24,7 +24,7 @@ from scoped.core.factory import Factory, is_function
 from scoped.core.names import printable_repr
 from scoped.core.resource import Resource
 
-__all__ = ["override"]
+__all__ = ["overridden", "override"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,6 +118,12 @@ class override:  # noqa: N801 (it is used as a function)
                 return result
 
         return cast(F, call)
+
+
+def overridden() -> list[Resource[Any]]:
+    """The resources that something stands in for right now."""
+    with _lock:
+        return [access.resource for access in _in_force]
 
 
 def _during_coroutine(new: Callable[[], override], function: Callable[..., Any]) -> Any:

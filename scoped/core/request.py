@@ -29,6 +29,7 @@ class RequestScope(Scope):
     lifetime = Lifetime.REQUEST
     owns_set_ups = True
     tells_own_cancellation = True
+    expects_lifespan = False  # of the server
 
     @property
     def tells_of_response(self) -> bool:
@@ -97,13 +98,19 @@ class RequestScope(Scope):
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
         while self.lifespan is None or self.lifespan.is_parents:
-            new = LifespanScope.implied_by(self)
-            lifespan = lifespans.setdefault(self.loop, new)
+            lifespan, new = lifespans.get(self.loop), None
+            if lifespan is None:
+                new = LifespanScope.implied_by(self)
+                lifespan = lifespans.setdefault(self.loop, new)
+                if lifespan is not new:
+                    new.withdraw()
             if lifespan.join(self):
                 self.lifespan = lifespan
                 if lifespan is new:
                     if self.served:
                         lifespan.stay()
+                        if self.expects_lifespan:
+                            lifespan.tell_of_no_server()
                     lifespan.tell_of_opening()
                 # Since the look another thread may have closed the request, and not seen that.
                 if not self.is_open:
@@ -171,6 +178,7 @@ class ServedScope(RequestScope):
     __slots__ = ()
 
     served = True
+    expects_lifespan = True
 
 
 def request_scope() -> RequestScope:

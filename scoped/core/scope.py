@@ -27,7 +27,7 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from scoped.core import observer
+from scoped.core import noted, observer
 from scoped.core.abandoned import dismiss
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, LifetimeError, ScopeClosedError, TeardownError
@@ -252,8 +252,9 @@ class Scope:
                 resource,
                 self,
                 "its scope was opened by sync code, which has no event loop to keep it in",
-                "Open the scope with `async with request_scope():`, serve the project over ASGI, "
-                "or give sync code a resource of its own with a plain `def`.",
+                "Open the scope with `async with request_scope():`; serve the project over ASGI, "
+                "`uvicorn project.asgi:application` say, for `manage.py runserver` is a WSGI "
+                "server; or give sync code a resource of its own with a plain `def`.",
             )
         loop = asyncio.get_running_loop()
         if self.loop is None:
@@ -294,6 +295,8 @@ class Scope:
         if previous is not None and previous.is_open:
             self._previous = previous
         current.set(self)
+        if noted.scopes is not None:
+            noted.note(self)
 
     def tell_of_opening(self) -> None:
         """Once all is in place: whoever hears of it may use it."""

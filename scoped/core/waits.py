@@ -1,6 +1,7 @@
 """Waits that no cancellation cuts short, and work that need not wait at all."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -20,6 +21,8 @@ __all__ = [
     "set_done",
     "wake",
 ]
+
+logger = logging.getLogger("scoped")
 
 
 class ForkSafeLock:
@@ -95,15 +98,22 @@ def set_done(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
-async def hop(work: Callable[[], None]) -> None:
+async def hop(work: Callable[[], None], *, seconds: float | None = None) -> None:
     """
     Run it in the thread for sync code, once; and see to it that it is run, whoever cancels
     this task meanwhile. A cancellation is raised when it is done.
+
+    Raises TimeoutError where that takes longer than ``seconds``, if given. It is run all the
+    same, and what it then raises is logged.
     """
     # In a task, which nobody cancels: asgiref drops what a cancelled one's thread has not got to.
     task = asyncio.create_task(_hop(work))
-    cancellation: BaseException | None = await outlast(task)
+    cancellation: BaseException | None = await outlast(task, seconds=seconds)
     try:
+        if not task.done():
+            _late.add(task)
+            task.add_done_callback(_ended_late)
+            raise cancellation or TimeoutError
         if task.cancelled() or (error := task.exception()) is None:
             if cancellation is not None:
                 raise cancellation
@@ -111,6 +121,16 @@ async def hop(work: Callable[[], None]) -> None:
         raise error
     finally:
         del cancellation
+
+
+# Event loops hold tasks weakly.
+_late: set[asyncio.Task[None]] = set()
+
+
+def _ended_late(task: "asyncio.Task[None]") -> None:
+    _late.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("In the thread for sync code, late: %r", error, exc_info=error)
 
 
 async def _hop(work: Callable[[], None]) -> None:
@@ -133,14 +153,22 @@ async def _hop(work: Callable[[], None]) -> None:
         try:
             await sync_to_async(run)()
         except asyncio.CancelledError:
-            continue  # of this very task: not before it is done
+            if asyncio.current_task() in _late:
+                raise  # the event loop ends
+            # Of this very task: not before it is done.
         except RuntimeError:
             # A cancelled async_to_sync() has left its executor, which has ended, in the Context.
             if getattr(AsyncToSync.executors, "current", None) is None:
                 raise
             AsyncToSync.executors.current = None
-    await outlast(asyncio.wrap_future(done))
-    done.result()
+    ended = asyncio.wrap_future(done)
+    while not ended.done():
+        try:
+            await asyncio.wait([ended])
+        except asyncio.CancelledError:
+            if asyncio.current_task() in _late:
+                raise
+    ended.result()
 
 
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:

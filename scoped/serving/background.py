@@ -3,107 +3,191 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
-from typing import Any
-
-from asgiref.sync import ThreadSensitiveContext
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.names import printable, printable_repr
-from scoped.core.request import RequestScope
+from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope
-from scoped.core.waits import hop, running_loop
+from scoped.core.waits import running_loop
+from scoped.serving.bounds import in_thread, sync_code_ended
 from scoped.serving.threads import LentThread, tidy
 
-__all__ = ["spawn"]
+__all__ = ["begin_waiting", "drop_waiting", "spawn"]
 
 logger = logging.getLogger("scoped")
 
 # Event loops hold tasks weakly.
 _tasks: set[asyncio.Task[None]] = set()
 
+# Those that begin after the response of a request.
+_waiting: WeakKeyDictionary[RequestScope, "list[_BackgroundScope]"] = WeakKeyDictionary()
+
 
 class _BackgroundScope(RequestScope):
-    __slots__ = ("served",)
+    __slots__ = ("go", "served", "task")
 
     def open_beside(self, around: Scope | None) -> None:
         self.served = around is not None and around.served
+        self.go: asyncio.Future[None] | None = None  # to wait for before it begins
+        self.task: asyncio.Task[None] | None = None
         self.open()
         self._previous = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":
-        if self.owner is not None:
-            self.owner.cancel()
-        return self.owner
+        if self.task is not None:
+            self.task.cancel()
+        return self.task
 
 
-def _name_of(coroutine: Coroutine[Any, Any, object]) -> str:
+def _name_of(coroutine: object) -> str:
     return getattr(coroutine, "__qualname__", None) or printable_repr(coroutine)
 
 
 def spawn(
-    coroutine: Coroutine[Any, Any, object], /, *, name: str | None = None
+    coroutine: Coroutine[Any, Any, object],
+    /,
+    *,
+    name: str | None = None,
+    after: Literal["response"] | None = None,
 ) -> asyncio.Task[None]:
     """
     Run a coroutine in a background task that may outlive the request, with a
     request scope of its own, closed at its end. ContextVars are those of the caller.
+
+    With ``after="response"`` it begins when the request's middleware is done and what is
+    declared with ``until="response"`` has been torn down well, so after the COMMIT. If the
+    request fails before, it never begins, and the task is cancelled.
 
     Returns the task: cancel it, or await its end. Its result is dropped, and an
     exception is logged with ``name`` (by default the coroutine's), not raised. The
     lifespan's shutdown waits for it, for ``SCOPED["SHUTDOWN_TIMEOUT"]`` seconds with the
     open requests, and then cancels it.
 
-    Raises RuntimeError where no event loop runs.
+    Raises TypeError where it is given no coroutine, ValueError where ``after`` is something
+    else, and RuntimeError where no event loop runs, or no response is to come.
     """
-    if running_loop() is None:
-        coroutine.close()
-        raise RuntimeError(
-            f"spawn() was called for {_name_of(coroutine)} where no event loop runs. Call it from "
-            "async code, or through `async_to_sync` from a sync view served over ASGI."
+    if not asyncio.iscoroutine(coroutine):
+        raise TypeError(
+            f"spawn() takes a coroutine, and was given {_name_of(coroutine)}, of type "
+            f"{type(coroutine).__name__}. Call the coroutine function: spawn(send_mail(user))."
         )
     name = printable(_name_of(coroutine) if name is None else str(name))
+    around = scope_here()
+    try:
+        _check(_name_of(coroutine), around, after)
+    except BaseException:
+        coroutine.close()
+        raise
     scope = _BackgroundScope(f"the background task {name}")
     context = copy_context()
     # Open from now on, so that a shutdown which begins before its first step waits for it.
-    context.run(scope.open_beside, scope_here())
+    context.run(scope.open_beside, around)
+    if after is not None:
+        scope.go = asyncio.get_running_loop().create_future()
     task = context.run(asyncio.create_task, _run(scope, coroutine, name), name=name)
+    scope.task = task
     _tasks.add(task)
-    task.add_done_callback(partial(_ended, scope, coroutine))
+    task.add_done_callback(partial(_ended, scope, coroutine, name, context))
+    if isinstance(around, RequestScope) and scope.go is not None:
+        _waiting.setdefault(around, []).append(scope)
+        if around.has_responded:
+            begin_waiting(around)
     return task
 
 
+def _check(name: str, around: Scope | None, after: str | None) -> None:
+    loop = running_loop()
+    if loop is None:
+        raise RuntimeError(
+            f"spawn() was called for {name} where no event loop runs. Call it from "
+            "async code, or through `async_to_sync` from a sync view served over ASGI."
+        )
+    if after not in (None, "response"):
+        raise ValueError(f'spawn() knows after="response" alone, and was given after={after!r}.')
+    if after is not None and not (
+        isinstance(around, ServedScope) and around.is_open and around.loop is loop
+    ):
+        raise RuntimeError(
+            f'spawn(after="response") was called for {name} where no response is to come that '
+            "it knows of. Call it in a request that is served by scoped.asgi or "
+            "scoped.testing.AsyncClient; elsewhere leave `after` out."
+        )
+
+
+def begin_waiting(scope: RequestScope) -> None:
+    """Its response is ended well, unless it has failed: begin what waits for that."""
+    if scope.failure is not None:
+        drop_waiting(scope)
+        return
+    for background in _waiting.pop(scope, ()):
+        if background.go is not None and not background.go.done():
+            background.go.set_result(None)
+
+
+def drop_waiting(scope: RequestScope) -> None:
+    """What waits for the response of a request that has failed never begins."""
+    for background in _waiting.pop(scope, ()):
+        _drop(background)
+
+
+def _drop(background: _BackgroundScope) -> None:
+    logger.info("%s never begins, for the request has failed.", background)
+    background.give_up()
+
+
 def _ended(
-    scope: RequestScope, coroutine: Coroutine[Any, Any, object], task: asyncio.Task[None]
+    scope: RequestScope,
+    coroutine: Coroutine[Any, Any, object],
+    name: str,
+    context: Context,
+    task: asyncio.Task[None],
 ) -> None:
     _tasks.discard(task)
     if scope.is_open:  # cancelled before its first step
         coroutine.close()
-        closing = task.get_loop().create_task(scope.close())
+        closing = context.run(task.get_loop().create_task, _close(scope, name, None))
         _tasks.add(closing)
         closing.add_done_callback(_tasks.discard)
 
 
 async def _run(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object], name: str) -> None:
     scope.owner = asyncio.current_task()
-    thread = LentThread(tidy)  # the request's own may be another request's by then
-    failure: BaseException | None = None
+    await _close(scope, name, _work(scope, coroutine))
+
+
+async def _work(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object]) -> None:
     try:
-        async with ThreadSensitiveContext(executor=thread):
-            try:
-                await coroutine
-            except BaseException as error:
-                failure = error
-            try:
-                await scope.close(failure)
-            except TeardownError as error:
-                logger.error("The background task %s: %s", name, error, exc_info=error)
-            finally:
-                if thread.is_taken:
-                    await hop(tidy)
+        if scope.go is not None:
+            await scope.go
+        await coroutine
     finally:
-        thread.give_back()
+        coroutine.close()  # it may never have begun
+
+
+async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
+    """Do the work, if there is any, and close its scope, with a thread of its own for both."""
+    failure: BaseException | None = None
+    with LentThread(tidy) as thread:  # the request's own may be another request's by then
+        try:
+            if work is not None:
+                await work
+        except BaseException as error:
+            failure = error
+            thread.lend_again = False
+        try:
+            if thread.is_busy:
+                await sync_code_ended(thread, scope)
+            await scope.close(failure)
+        except TeardownError as error:
+            logger.error("The background task %s: %s", name, error, exc_info=error)
+        finally:
+            if thread.is_taken:
+                await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
     try:
         if isinstance(failure, Exception):
             logger.error(
@@ -113,3 +197,8 @@ async def _run(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object], 
             raise failure
     finally:
         del failure  # no cycle with this frame
+
+
+def _leave(thread: LentThread) -> None:
+    tidy()
+    thread.leave()

@@ -1,42 +1,45 @@
 """
-One request and its response: the child task that serves it, and the server's task, which
-waits for it and for the client to go away.
+One request and its response, in a task of its own: from ``request_started`` to the end
+of ``request_finished``.
 """
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import AsyncToSync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync
 from django.core.cache import caches, close_caches
+from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
 from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, reset_queries
-from django.http.response import HttpResponseBase
+from django.dispatch import Signal
 from django.urls import set_script_prefix
+from django.utils.module_loading import import_string
 
 from scoped.core.current import scope_here
+from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.waits import hop, outlast, wake
-from scoped.dispatch import (
-    Outcome,
-    Receiver,
-    await_all,
-    call_all,
-    call_in_turn,
-    log_errors,
-    raise_first,
+from scoped.core.resource import Lifetime
+from scoped.core.waits import hop
+from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
+from scoped.serving.background import begin_waiting, drop_waiting
+from scoped.serving.bounds import in_thread, in_time, sync_code_ended
+from scoped.serving.ending import (
+    close_resources,
+    close_response,
+    close_stream,
+    closes_itself,
+    drop_stream,
+    in_place_of,
 )
-from scoped.serving.handler import close_resources, close_stream
-from scoped.serving.receivers import (
-    close,
-    close_foreign,
-    end_response,
-    open_foreign,
-)
+from scoped.serving.handler import page_in_thread, scope_of
+from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
+from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
 if TYPE_CHECKING:
@@ -49,8 +52,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+_EAGER = sys.version_info >= (3, 12)
+
+
 class Exchange:
-    """One request and its response: the child task's work, and what its supervisor knows."""
+    """
+    ``begin()`` starts it, ``listen()`` and ``cut_off()`` are for the task that waits for
+    it. All else happens in its own task.
+    """
 
     def __init__(
         self, handler: "ScopedASGIHandler", scope: dict[str, Any], body_file: Any, send: Send
@@ -61,7 +70,7 @@ class Exchange:
         self.send = send
         self.listener: asyncio.Task[None] | None = None
         self.response: Any = None  # Django's, of which much is private
-        self.cancelled = False
+        self.cancelled = False  # by the client or the server
         self.was_streaming = False  # when it was cancelled
         self.client_gone = False
         self.sent = 0  # messages
@@ -71,47 +80,28 @@ class Exchange:
         self.problems: list[BaseException] = []  # raised after the request failed, or ended
         self.request: ASGIRequest | None = None
         self.thread: LentThread | None = None
+        self.long_stream: LongStream | None = None
+        self.is_new = True  # its task has yet to take its first step
 
-    # In the server's task
+    # For the server's task
 
-    async def supervise(self, receive: Receive) -> None:
-        loop = asyncio.get_running_loop()
-        child = asyncio.create_task(self.run())
-        cancellation: asyncio.CancelledError | None = None
-        turns = 0
-        while not child.done():
-            try:
-                if not turns:
-                    # A request that never waits is over after its first turn: nobody need listen.
-                    turns = 1
-                    await asyncio.sleep(0)
-                    continue
-                if self.listener is None and not self.finishing:
-                    listen = self.handler.listen_for_disconnect(receive)
-                    self.listener = asyncio.create_task(listen)
-                    self.listener.add_done_callback(partial(self.heard, child))
-                over = loop.create_future()
-                child.add_done_callback(partial(wake, over))
-                await over
-            except asyncio.CancelledError as error:
-                cancellation = error
-                self.cancel(child)
-        if self.listener is not None:
-            self.listener.cancel()
-            cancellation = await outlast(self.listener) or cancellation
-        failure, stray = None if child.cancelled() else child.exception(), self.stray
-        try:
-            if cancellation is not None:
-                raise_first([cancellation, failure])
-            if stray is not None:
-                raise_first([stray, failure])
-            if not (self.client_gone and child.cancelled()):
-                child.result()
-        finally:
-            self.stray = None
-            del cancellation, stray, failure  # no cycle with this frame
+    def begin(self) -> "asyncio.Task[None]":
+        server = asyncio.current_task()
+        assert server is not None
+        self.server, self.cancelled_before = server, server.cancelling()
+        loop = server.get_loop()
+        if _EAGER and loop.get_task_factory() is None:
+            # A request that never waits is over when this returns.
+            return asyncio.Task(self.run(), loop=loop, eager_start=True)
+        self.task = loop.create_task(self.run())
+        return self.task
 
-    def heard(self, child: "asyncio.Task[None]", listener: "asyncio.Task[None]") -> None:
+    def listen(self, receive: Receive) -> None:
+        if not self.finishing and not self.cancelled:
+            self.listener = asyncio.create_task(self.handler.listen_for_disconnect(receive))
+            self.listener.add_done_callback(self.heard)
+
+    def heard(self, listener: "asyncio.Task[None]") -> None:
         """The client has gone, or sent what it must not."""
         if listener.cancelled():
             return
@@ -120,29 +110,31 @@ class Exchange:
             # Servers report a completed exchange as a disconnect too: that is no failure.
             if not self.sent_last and not self.finishing:
                 self.client_gone = True
-                self.cancel(child)
+                self.cut_off()
         elif error is not None and not self.finishing:
             self.stray = error
-            self.cancel(child)
+            self.cut_off()
 
-    def cancel(self, child: "asyncio.Task[None]") -> None:
+    def cut_off(self) -> None:
+        """The client or the server cancels: once, and never what is finishing."""
         if not self.cancelled and not self.finishing:
             self.cancelled = True
             self.was_streaming = self.sent > 0
-            child.cancel()
+            self.task.cancel()
 
-    # In the child task
+    # In the request's task
 
     async def run(self) -> None:
-        if getattr(AsyncToSync.executors, "current", None) is None:
-            self.thread = LentThread()
-        # Else sync code, a test's say, waits for this request, and what is sync runs in its thread.
-        try:
-            async with ThreadSensitiveContext(executor=self.thread):
-                await self.run_in_context()
-        finally:
-            if self.thread is not None:
-                self.thread.give_back()
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self.is_new = task, False
+        if getattr(AsyncToSync.executors, "current", None) is not None:
+            # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
+            await self.run_in_context()
+            return
+        self.thread = self.handler.lend_thread()
+        with self.thread:
+            await self.run_in_context()
 
     async def run_in_context(self) -> None:
         around, request_scope = scope_here(), None
@@ -163,6 +155,11 @@ class Exchange:
         # moment behind in this Context: the hops to come would find it broken.
         if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
             AsyncToSync.executors.current = sync_parent
+        seen = failure if request_scope is None else request_scope.failure or failure
+        if self.thread is not None and (
+            self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
+        ):
+            self.thread.lend_again = False  # what its code would have cleaned up is still there
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
@@ -170,18 +167,21 @@ class Exchange:
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
-            self.thread.tidy = partial(self.tidy, sync_receivers)
+            self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, named
         )
         raise_first(error for _, _, error in outcomes)
 
-    def tidy(self, receivers: Iterable[Receiver]) -> None:
-        """In the request's thread: call receivers of request_started, late."""
+    def tidy(self, receivers: Iterable[Receiver], signal: Signal) -> None:
+        """In the request's thread: call receivers which tidy it, late."""
         outcomes: list[Outcome] = []
-        call_all(receivers, outcomes, request_started, type(self.handler), {"scope": self.scope})
+        named = {"scope": self.scope} if signal is request_started else {}
+        call_all(receivers, outcomes, signal, type(self.handler), named)
         log_errors(outcomes)
+
+    # The response
 
     async def respond(self, request_scope: RequestScope | None) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)
@@ -192,8 +192,79 @@ class Exchange:
             self.response = error_response
         else:
             self.request = request
-            self.response = await self.handler.run_get_response(request)
+            await self.answer(request, request_scope)
+        if self.response.streaming and request_scope is not None:
+            self.long_stream = LongStream(request_scope)
+            self.long_stream.watch()
         await self.handler.send_response(self.response, self.forward)
+
+    async def answer(self, request: ASGIRequest, request_scope: RequestScope | None) -> None:
+        """Have the response made, and tear down what lives until then. Failures are pages."""
+        scope = scope_of(request)
+        failure: BaseException | None = None
+        try:
+            self.response = await self.handler.run_get_response(request)
+            if scope is not None:
+                if self.thread is not None and self.thread.is_busy and _has_boundary(scope):
+                    await sync_code_ended(self.thread, scope)
+                await scope.end_response()
+                begin_waiting(scope)
+        except TeardownError as error:
+            failure = error
+        except asyncio.CancelledError as error:
+            if self.is_cut_off():
+                raise
+            failure = await self.own_failure(request_scope, error)
+        if failure is not None:
+            try:
+                page: Any = await page_in_thread(request, failure)
+            finally:
+                del failure  # no cycle with this frame
+            if self.response is not None:
+                await drop_stream(self.response, request_scope)
+                page = in_place_of(self.response, page)
+            page._handler_class = type(self.handler)
+            self.response = page
+
+    def is_cut_off(self) -> bool:
+        """
+        Whether client or server have cancelled it. When an event loop ends, all its tasks are
+        cancelled at once: this one may hear of it before the server's passes it on.
+        """
+        return self.cancelled or self.server.cancelling() > self.cancelled_before
+
+    async def own_failure(
+        self, request_scope: RequestScope | None, error: asyncio.CancelledError
+    ) -> BaseException:
+        """
+        What a request has failed with that nobody has cancelled from outside: a timeout, or
+        a task group, which a factory holds across its ``yield``, and which says so when it is
+        left. Until then an anyio one cancels again and again; so all is torn down now.
+        """
+        self.uncancel()
+        whose = request_scope or "the request"
+        if self.thread is not None:
+            self.thread.lend_again = False
+            if self.thread.is_busy:
+                await sync_code_ended(self.thread, whose)
+        if request_scope is not None:
+            drop_waiting(request_scope)
+            try:
+                await request_scope.close(error)
+            except TeardownError as group:
+                return group.exceptions[0] if len(group.exceptions) == 1 else group
+        failure = RuntimeError(
+            f"{whose} was cancelled, though neither by its client nor by the server: it awaited "
+            "something that had been cancelled, or cancelled its own task. Catch CancelledError "
+            "where that is meant to be."
+        )
+        failure.__cause__ = error
+        return failure
+
+    def uncancel(self) -> None:
+        """So that timeouts and task groups work in teardowns."""
+        while self.task.cancelling():
+            self.task.uncancel()
 
     async def forward(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -209,6 +280,8 @@ class Exchange:
             # does not either would never let us hear of it, nor let anybody else run.
             await asyncio.sleep(0)
 
+    # The end
+
     async def finish(
         self, request_scope: RequestScope | None, failure: BaseException | None
     ) -> None:
@@ -216,35 +289,46 @@ class Exchange:
         The start in reverse: async receivers of ``request_finished``, so that the
         scope closes while the request's connections still work; then, in the
         request's thread, the response's closers and the sync receivers. Every
-        step is taken, whatever the others raise.
+        step is taken, whatever the others raise, and each has an end.
         """
         self.finishing = True
         if self.listener is not None:
             self.listener.cancel()
-        task = asyncio.current_task()
-        while task is not None and task.cancelling():
-            task.uncancel()  # so that timeouts and task groups work in teardowns
+        if self.long_stream is not None:
+            self.long_stream.unwatch()
+        whose = request_scope or "a request"
+        self.uncancel()
         if failure is not None and request_scope is not None and request_scope.failure is None:
             request_scope.failure = failure
-        gone = isinstance(failure, asyncio.CancelledError)
-        if self.thread.is_busy if self.thread is not None else gone:
-            # A sync view runs on in its thread: do not tear down under it.
-            await self.attempt(hop(_nothing))
+        if self.thread is not None and self.thread.is_busy:
+            await self.attempt(sync_code_ended(self.thread, whose))
+        elif self.thread is None and isinstance(failure, asyncio.CancelledError):
+            await self.attempt(hop(_nothing))  # as above, in the thread of who waits for this
         sync_receivers, async_receivers = self.handler.receivers_of(request_finished)
         if self.response is not None:
-            await self.attempt(close_stream(self.response))
-            if _closes_itself(self.response):
+            await self.attempt(close_stream(self.response, whose))
+            if closes_itself(self.response):
                 sync_receivers, async_receivers = [], []  # its close() calls them all
-        if request_scope is not None and not request_scope.has_responded:
-            await self.attempt(end_response(request_scope))
+        if isinstance(failure, asyncio.CancelledError) and not self.is_cut_off():
+            failure = await self.own_failure(request_scope, failure)
+        if request_scope is not None:
+            drop_waiting(request_scope)
+            if not request_scope.has_responded:
+                await self.attempt(end_response(request_scope))
         # In reverse, so that what was opened first, as our scope, is closed last.
-        await self.attempt(self.call_async(reversed(async_receivers)))
+        for receiver in reversed(async_receivers):
+            await self.attempt(self.call_async(receiver))
         if request_scope is not None:
             await self.attempt(close(request_scope))
         if self.needs_thread(sync_receivers):
-            await self.attempt(hop(partial(self.call_sync, sync_receivers)))
-        elif self.response is not None:
-            close_resources(self.response)
+            work = partial(self.call_sync, sync_receivers)
+            what = f"A receiver of request_finished, or the response's close(), of {whose}"
+            await self.attempt(in_thread(self.thread, work, what))
+        else:
+            if self.response is not None:
+                close_resources(self.response)
+            if self.thread is not None and self.thread.is_taken:
+                self.thread.tidy_later(partial(self.tidy, sync_receivers, request_finished))
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
         try:
@@ -261,9 +345,11 @@ class Exchange:
 
     def needs_thread(self, sync_receivers: list[Receiver]) -> bool:
         """Whether anything is left to do that must, or had better, be done in the thread."""
-        if self.thread is None or self.thread.is_taken or not _only_tidy(sync_receivers):
+        if self.thread is None or not _only_tidy(sync_receivers):
             return True
-        if any(True for _ in caches.all(initialized_only=True)):
+        if self.thread.is_taken and not self.thread.can_be_tidied_later:
+            return True
+        if _closing_caches() and any(True for _ in caches.all(initialized_only=True)):
             return True  # close_caches() may have to wait for a server
         if self.response is None:
             return False
@@ -275,7 +361,7 @@ class Exchange:
             and not hasattr(request, "_files")
             else None
         )
-        return _closes_itself(self.response) or any(
+        return closes_itself(self.response) or any(
             closer != trivial for closer in self.response._resource_closers
         )
 
@@ -285,30 +371,38 @@ class Exchange:
         except BaseException as error:
             self.problems.append(error)
 
-    async def call_async(self, receivers: Iterable[Receiver]) -> None:
-        outcomes: list[Outcome] = []
-        try:
-            await await_all(receivers, outcomes, request_finished, type(self.handler))
-        finally:
-            self.note(outcomes)
+    async def call_async(self, receiver: Receiver) -> None:
+        called = receiver(signal=request_finished, sender=type(self.handler))
+        if receiver is close_scope:
+            await called  # each teardown has a bound of its own
+        else:
+            name = getattr(receiver, "__qualname__", None) or repr(receiver)
+            await in_time(called, f"The receiver {name} of request_finished")
 
     def call_sync(self, receivers: Iterable[Receiver]) -> None:
         """In the request's thread: end the response, then call the receivers."""
-        if self.response is not None:
-            if _closes_itself(self.response):
-                self.response._handler_class = type(self.handler)
-                self.response.close()
-            else:
-                close_resources(self.response)
-        outcomes: list[Outcome] = []
-        call_all(receivers, outcomes, request_finished, type(self.handler))
-        self.note(outcomes)
-
-    def note(self, outcomes: Iterable[Outcome]) -> None:
-        self.problems.extend(error for _, _, error in outcomes if error is not None)
+        try:
+            if self.response is not None:
+                if closes_itself(self.response):
+                    self.response._handler_class = type(self.handler)
+                    close_response(self.response, self.response.close)
+                else:
+                    close_resources(self.response)
+        finally:
+            outcomes: list[Outcome] = []
+            call_all(receivers, outcomes, request_finished, type(self.handler))
+            self.problems.extend(error for _, _, error in outcomes if error is not None)
+            if self.thread is not None:
+                self.thread.leave()
 
 
 def _nothing() -> None: ...
+
+
+def _has_boundary(scope: RequestScope) -> bool:
+    """Whether anything in it lives until the response."""
+    records = list(scope.records.values())
+    return any(record.resource.lifetime is Lifetime.RESPONSE for record in records)
 
 
 # Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
@@ -319,14 +413,18 @@ _TIDY = {
 }
 
 
+def _closing_caches() -> bool:
+    """Whether a cache's ``close()`` does anything."""
+    return _closes(tuple(cache["BACKEND"] for cache in caches.settings.values()))
+
+
+@lru_cache
+def _closes(backends: tuple[str, ...]) -> bool:
+    try:
+        return any(import_string(backend).close is not BaseCache.close for backend in backends)
+    except (ImportError, AttributeError):  # no such cache, or one of another make
+        return True
+
+
 def _only_tidy(receivers: list[Receiver]) -> bool:
     return _TIDY.issuperset(receivers)
-
-
-def _closes_itself(response: Any) -> bool:
-    """
-    Whether its ``close()`` is not Django's own. That must be called as it is, and
-    at its end sends ``request_finished``, to sync and async receivers alike.
-    """
-    cls = cast("type[HttpResponseBase]", type(response))
-    return cls.close is not HttpResponseBase.close or "close" in vars(response)

@@ -1,34 +1,56 @@
 """
-What our handlers tell a request's scope: its request, what its view failed with,
-and that its response is about to be sent.
+What both our handlers do: whatever a view or a middleware raises, or is cancelled with,
+is seen by the request's scope before Django makes a response of it; and under WSGI the
+response is ended when it has passed the middleware.
 """
 
-import logging
-from contextlib import suppress
+from collections.abc import Callable
+from functools import partial, wraps
+from inspect import unwrap
+from types import CodeType
 from typing import Any
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import iscoroutinefunction
 from django.conf import settings
+from django.core.handlers import base as _djangos
+from django.core.handlers import exception
 from django.core.handlers.base import BaseHandler
-from django.core.handlers.exception import response_for_exception
+from django.core.handlers.exception import convert_exception_to_response
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.waits import run_without_loop
+from scoped.core.waits import hop, run_without_loop
+from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
 from scoped.serving.receivers import note_failure
+from scoped.serving.streams import watch_without_loop
 
-__all__ = ["ScopedHandler", "close_resources", "close_stream"]
-
-logger = logging.getLogger("scoped")
+__all__ = ["ScopedHandler", "error_page", "page_in_thread", "scope_of"]
 
 
 class ScopedHandler(BaseHandler):
     """A base of ours beside one of Django's: ``class X(ScopedHandler, ASGIHandler)``."""
 
+    def adapt_method_mode(self, is_async: bool, method: Any, *args: Any, **kwargs: Any) -> Any:
+        # Django hands each middleware, and the view, through here as it builds the chain.
+        if (converted := _converted(method)) is not None:
+            # Where something is around it, the converter was wrapped: as New Relic does.
+            around = converted is not method
+            method = _seen(converted.__wrapped__)
+            if around:
+                convert: Any = vars(_djangos)["convert_exception_to_response"]
+                method = convert(method)
+        return super().adapt_method_mode(is_async, method, *args, **kwargs)
+
+    def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
+        # Django calls this for whatever a view raises: a middleware may make a response of it.
+        note_failure(exception)
+        return super().process_exception_by_middleware(exception, request)
+
     def get_response(self, request: Any) -> Any:
-        scope = _scope_of(request)
-        response = super().get_response(request)
+        scope = scope_of(request)
+        response: Any = super().get_response(request)
+        response._handler_class = None  # whoever has served it before
         if scope is None:
             return response
         try:
@@ -37,83 +59,105 @@ class ScopedHandler(BaseHandler):
             try:
                 if not isinstance(error, TeardownError):
                     raise
-                _show_cause(error)
-                page: Any = response_for_exception(request, error)
+                page = error_page(request, error)
             except BaseException:
                 close_resources(response)  # nobody else will see it
                 raise
-            return _in_place_of(response, page)
+            response = in_place_of(response, page)
+        if response.streaming:
+            watch_without_loop(response, scope)
+        if closes_itself(response) and getattr(response.close, "func", None) is not close_response:
+            response.close = partial(close_response, response, response.close)
         return response
 
-    async def get_response_async(self, request: Any) -> Any:
-        scope = _scope_of(request)
-        response = await super().get_response_async(request)
-        if scope is None:
-            return response
-        try:
-            await scope.end_response()
-        except BaseException as error:
+
+# The two functions that convert_exception_to_response() puts around each middleware.
+_CONVERTERS = {
+    constant
+    for constant in unwrap(convert_exception_to_response).__code__.co_consts
+    if isinstance(constant, CodeType)
+}
+
+
+def _converted(method: Any) -> Any:
+    """What Django's converter made, in whatever somebody has wrapped it; None for other methods."""
+    found, seen = None, 0
+    while method is not None and seen < 20:
+        if getattr(method, "__code__", None) in _CONVERTERS:
+            found = method  # the last one: a proxy shows what is its object's
+        method, seen = getattr(method, "__wrapped__", None), seen + 1
+    return found
+
+
+def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """
+    ``convert_exception_to_response()``, which lets nobody know of a 404, 403 or 400, nor
+    of a cancellation that a middleware further out answers for. And the page is made in
+    the request's thread, as from Django 6.2 on (ticket 36027).
+    """
+    if iscoroutinefunction(get_response):
+
+        @wraps(get_response)
+        async def inner_async(request: Any) -> Any:
             try:
-                if not isinstance(error, TeardownError):
-                    raise
-                _show_cause(error)
-                make_page = sync_to_async(response_for_exception, thread_sensitive=False)
-                page: Any = await make_page(request, error)
-            except BaseException:
-                close_resources(response)  # nobody else will see it
+                return await get_response(request)
+            except Exception as error:
+                note_failure(error)
+                return await page_in_thread(request, error)
+            except BaseException as error:
+                note_failure(error)
                 raise
-            finally:
-                await _drop_stream(response)
-            return _in_place_of(response, page)
-        return response
 
-    def process_exception_by_middleware(self, exception: Exception, request: Any) -> Any:
-        # Django calls this for whatever a view raises, a 404 included: the one place to see it.
-        note_failure(exception)
-        return super().process_exception_by_middleware(exception, request)
+        return inner_async
+
+    @wraps(get_response)
+    def inner(request: Any) -> Any:
+        try:
+            return get_response(request)
+        except Exception as error:
+            note_failure(error)
+            return exception.response_for_exception(request, error)
+        except BaseException as error:
+            note_failure(error)
+            raise
+
+    return inner
 
 
-def _scope_of(request: Any) -> RequestScope | None:
+def scope_of(request: Any) -> RequestScope | None:
+    """The scope that was opened for this request, which it then knows."""
     scope = scope_here()
     if not isinstance(scope, RequestScope) or not scope.is_open or scope.request is not None:
-        return None  # not opened for this request
+        return None
     scope.request = request
     return scope
 
 
-def _show_cause(error: TeardownError) -> None:
-    if settings.DEBUG:
+def error_page(request: Any, error: BaseException) -> Any:
+    """What Django answers to a request that fails with this; the signal is sent."""
+    if settings.DEBUG and isinstance(error, TeardownError):
         error.__cause__ = error.exceptions[0]  # Django's page shows causes, but no groups
-
-
-def _in_place_of(response: Any, page: Any) -> Any:
-    """What Django answers to a view's error also closes what the response had to."""
-    page._resource_closers.extend(response._resource_closers)
-    response._resource_closers.clear()
-    return page
-
-
-async def _drop_stream(response: Any) -> None:
+    traceback = error.__traceback__
     try:
-        await close_stream(response)
-    except Exception as error:
-        logger.error("While a stream was dropped: %r", error, exc_info=error)
+        raise error
+    except BaseException:  # Django looks up the one that is being handled
+        error.__traceback__ = traceback
+        make_page: Any = exception.response_for_exception  # typed for an Exception
+        return make_page(request, error)
+    finally:
+        del error, traceback  # no cycle with this frame
 
 
-async def close_stream(response: Any) -> None:
-    """
-    Django leaves a stream that was not consumed to its end to the garbage
-    collector: it would be closed late, in another task.
-    """
-    iterator: Any = getattr(response, "_iterator", None)
-    if hasattr(iterator, "aclose"):
-        await iterator.aclose()
+async def page_in_thread(request: Any, error: BaseException) -> Any:
+    """The same, made in the request's thread."""
+    pages: list[Any] = []
+    try:
+        # Also where a sync view that was cancelled has left its executor behind in the Context.
+        await hop(partial(_add_page, pages, request, error))
+    finally:
+        del error  # no cycle with this frame
+    return pages[0]
 
 
-def close_resources(response: Any) -> None:
-    """What ``HttpResponseBase.close()`` does before it sends the signal."""
-    for closer in response._resource_closers:
-        with suppress(Exception):
-            closer()
-    response._resource_closers.clear()
-    response.closed = True
+def _add_page(pages: list[Any], request: Any, error: BaseException) -> None:
+    pages.append(error_page(request, error))

@@ -11,13 +11,14 @@ run tasks in other people's requests, and its AsyncClient fail on streams.
 import asyncio
 import logging
 import sys
+from functools import cache, wraps
 from typing import Any
 from weakref import WeakSet
 
 import django
 from asgiref.sync import SyncToAsync, async_to_sync
+from django.core.handlers.base import BaseHandler
 from django.core.signals import got_request_exception, request_finished, request_started
-from django.db import close_old_connections
 from django.dispatch import Signal
 
 from scoped.core.current import scope_here
@@ -25,7 +26,6 @@ from scoped.core.errors import TeardownError
 from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
-from scoped.serving.threads import tidiers
 
 __all__ = [
     "close",
@@ -38,13 +38,23 @@ __all__ = [
 
 logger = logging.getLogger("scoped")
 
-tidiers.append(close_old_connections)
-
 _our_handlers: WeakSet[type] = WeakSet()
 # Of the handlers that are served by sync receivers, those which call end_response().
 tells_of_response: WeakSet[type] = WeakSet()
 # Tasks that close a scope for sync code in the event loop's thread: a loop holds tasks weakly.
 _closing: set[asyncio.Task[None]] = set()
+
+
+def _is_test_client(handler: Any) -> bool:
+    return bool(handler.__module__.startswith(("django.test.", "scoped.testing")))
+
+
+class _ClientScope(ServedScope):
+    """Of a test client, which holds the lifespan open or not, as the test wants it."""
+
+    __slots__ = ()
+
+    expects_lifespan = False
 
 
 class _ForeignScope(RequestScope):
@@ -56,7 +66,7 @@ class _ForeignScope(RequestScope):
         super().__init__(name)
         self.opener = opener
         # After a test client's request no more need be expected.
-        self.served = not opener.__module__.startswith(("django.test.", "scoped.testing"))
+        self.served = not _is_test_client(opener)
 
     @property
     def tells_of_response(self) -> bool:
@@ -77,10 +87,39 @@ def connect_handler(handler: type) -> None:
 
 def connect() -> None:
     """Let requests of other handlers open and close a scope, as far as that can be done."""
+    _show_requests()
     _connect_first(request_started, open_foreign)
     # Before Django's close_old_connections: a teardown may still use the database.
     _connect_first(request_finished, close_foreign)
     got_request_exception.connect(_request_failed)
+
+
+@cache
+def _show_requests() -> None:
+    """
+    Let the scopes of other handlers know their request. No signal brings it, so this is
+    the one place where something of Django's is wrapped: what Sentry wraps for the same reason.
+    """
+    get_response, get_response_async = BaseHandler.get_response, BaseHandler.get_response_async
+
+    @wraps(get_response)
+    def shows_request(self: BaseHandler, request: Any) -> Any:
+        _show(request)
+        return get_response(self, request)
+
+    @wraps(get_response_async)
+    async def shows_request_async(self: BaseHandler, request: Any) -> Any:
+        _show(request)
+        return await get_response_async(self, request)
+
+    BaseHandler.get_response = shows_request  # type: ignore[method-assign]
+    BaseHandler.get_response_async = shows_request_async  # type: ignore[method-assign]
+
+
+def _show(request: Any) -> None:
+    scope = scope_here()
+    if isinstance(scope, _ForeignScope) and scope.is_open and scope.request is None:
+        scope.request = request
 
 
 def _connect_first(signal: Signal, receiver: Any) -> None:
@@ -90,9 +129,10 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
         signal.receivers.insert(0, signal.receivers.pop())
 
 
-async def open_scope(*, scope: dict[str, Any], **kwargs: Any) -> None:
+async def open_scope(*, sender: Any, scope: dict[str, Any], **kwargs: Any) -> None:
     # Always a fresh one: servers carry the Context of one request into the next.
-    ServedScope(_name(scope["method"], scope["path"])).open()
+    scope_class = _ClientScope if _is_test_client(sender) else ServedScope
+    scope_class(_name(scope["method"], scope["path"])).open()
 
 
 async def close_scope(**kwargs: Any) -> None:

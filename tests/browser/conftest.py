@@ -64,7 +64,7 @@ def tabs(browser: "Browser", url: str, **options: object) -> Iterator[Open]:
 def is_asked_for(location: object) -> bool:
     """Chromium reports every 404, 422 and 500, and what breaks off: which is what was asked for."""
     url = str(location["url"]) if isinstance(location, dict) else str(getattr(location, "url", ""))
-    return any(path in url for path in ("/scoped/", "/stock/", "/messages"))
+    return any(path in url for path in ("/scoped/", "/stock/", "/messages", "/run/"))
 
 
 @pytest.fixture

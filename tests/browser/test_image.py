@@ -41,7 +41,7 @@ def test_what_the_image_holds_serves_the_page(
             case "USER":
                 user = rest
             case _:
-                assert name in ("FROM", "WORKDIR", "EXPOSE")
+                assert name in ("FROM", "WORKDIR", "EXPOSE", "ARG")
     assert user == "nobody"
     installed = {path.name for path in python.glob("lib/python*/site-packages/*")}
     assert "uvicorn" in installed

@@ -14,6 +14,7 @@ from tests.docs.project import urls
 EXAMPLE = ("background.md", "Background tasks")
 SYNC = ("background.md", "In sync code")
 TESTS = ("background.md", "In tests")
+AFTER = ("background.md", "After the response")
 
 log: list[str] = []
 
@@ -23,6 +24,17 @@ class Connection:
         await asyncio.sleep(0.01)
         assert current_scope().request is None
         log.append(text)
+
+
+class Rows:
+    async def insert(self, user):
+        log.append(f"insert {user}")
+
+
+@request_scoped(until="response")
+async def transaction():
+    yield Rows()
+    log.append("commit")
 
 
 @request_scoped
@@ -39,9 +51,9 @@ def modules(project, monkeypatch):
 
     log.clear()
     resources = ModuleType("resources")
-    resources.db = db
+    resources.db, resources.transaction = db, transaction
     monkeypatch.setitem(sys.modules, "resources", resources)
-    return project(EXAMPLE, SYNC, TESTS)
+    return project(EXAMPLE, SYNC, TESTS, AFTER)
 
 
 @pytest.mark.parametrize("where", ["views", "sync_views"])
@@ -49,7 +61,7 @@ async def test_the_answer_does_not_wait_and_the_shutdown_does(modules, where):
     view = getattr(modules, where).register
     with assert_no_leaks(), urls(path("", view)):
         async with AsyncClient() as client:
-            assert (await client.get("/", {"user": "ada"})).content == b"Welcome"
+            assert (await client.post("/", {"user": "ada"})).content == b"Welcome"
             assert "Welcome, ada" not in log
     assert log == ["+db", "Welcome, ada", "-db"]
 
@@ -81,3 +93,26 @@ async def test_a_plain_task_is_told_that_its_scope_has_closed(modules):
 def test_without_an_event_loop_it_says_so(modules):
     with pytest.raises(RuntimeError, match="where no event loop runs"):
         spawn(modules.views.send_mail("ada"))
+
+
+async def test_after_the_response_comes_after_the_commit(modules):
+    with urls(path("", modules.orders.order)):
+        async with AsyncClient() as client:
+            assert (await client.get("/", {"user": "ada"})).content == b"Ordered"
+    assert log == ["insert ada", "commit", "+db", "Welcome, ada", "-db"]
+
+
+async def test_who_awaits_a_shielded_task_does_not_cancel_it(modules):
+    tasks, reached = [], asyncio.Event()
+
+    async def wait():
+        tasks.append(task := spawn(modules.views.send_mail("ada")))
+        reached.set()
+        await asyncio.shield(task)
+
+    waiting = asyncio.create_task(wait())
+    await reached.wait()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await tasks[0]
+    assert log == ["+db", "Welcome, ada", "-db"]

@@ -1,6 +1,7 @@
 """docs/concepts.md."""
 
 import asyncio
+import gc
 from contextlib import asynccontextmanager, contextmanager
 
 import pytest
@@ -9,11 +10,12 @@ from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 from django.utils.decorators import async_only_middleware
 
-from scoped import current_scope, request_scope, spawn
+from scoped import current_scope, lifespan_scope, request_scope, spawn
 from tests import pages
 
 EXAMPLE = ("concepts.md", "Concepts")
 KINDS = ("concepts.md", "Four kinds of factory")
+OUTSIDE = ("concepts.md", "Outside a request")
 SEEN = ("concepts.md", "What is raised at the `yield`")
 CHILDREN = ("concepts.md", "Who runs a factory")
 
@@ -177,6 +179,37 @@ def raising_middleware(get_response):
         raise RuntimeError
 
     return middleware
+
+
+async def test_outside_a_request_each_call_has_a_scope_and_a_scope_its_lifespan(project):
+    modules = project(EXAMPLE, OUTSIDE)
+    log = modules.resources.log
+    assert await modules.jobs.report() == "user"
+    each = ["pool is set up", "db is set up", "db is torn down", "pool is torn down"]
+    assert log == [*each[:2], "user is set up", "user is torn down", *each[2:]]
+    log.clear()
+    for _ in range(2):
+        assert await modules.jobs.nightly() == "db"
+    assert log == each * 2
+    log.clear()
+    async with lifespan_scope():
+        for _ in range(2):
+            await modules.jobs.nightly()
+    assert log == [each[0], *each[1:3] * 2, each[3]]
+
+
+def test_a_scope_that_is_collected_open_says_what_it_held(project):
+    async def abandon():
+        await request_scope().__aenter__()
+        await resources.db()
+
+    def run():
+        asyncio.run(abandon())
+        gc.collect()
+
+    resources = project(EXAMPLE).resources
+    with pytest.warns(ResourceWarning, match=r"never closed, .* resources\.db "):
+        run()
 
 
 @pytest.mark.parametrize("view", ["in_view", "in_child"])

@@ -286,9 +286,17 @@ def test_wsgi_without_close():
         assert log == ["+tenant", "+tenant", "-tenant"]
         abandoned.close()
 
+    def forget():
+        context = contextvars.copy_context()
+        context.run(ScopedWSGIHandler(), environ(), lambda status, headers: None)
+        del context
+        gc.collect()
+
     with urls(path("", view)):
         contextvars.copy_context().run(run)
-    assert log == ["+tenant", "+tenant", "-tenant", "-tenant"]
+        assert log == ["+tenant", "+tenant", "-tenant", "-tenant"]
+        with pytest.warns(ResourceWarning, match=r"GET / was never closed, .*tenant"):
+            forget()
 
 
 # Security

@@ -29,7 +29,7 @@ async def test_others_get_the_connection_while_the_stream_is_open(project, serve
             counts.append((await site.get("/count")).body)
 
     async with serve(path("slowly", views.slowly), path("count", views.count)) as site:
-        stream = await site.get("/slowly", before_send=look)
+        stream = await site.post("/slowly", before_send=look)
         assert stream.body == b"begun1"
     assert counts == [b"1"]
 

@@ -1,6 +1,7 @@
 """docs/sync.md."""
 
 import asyncio
+import contextvars
 import json
 import re
 import threading
@@ -15,13 +16,19 @@ from django.core.servers.basehttp import WSGIServer
 from django.http import Http404, HttpResponse, StreamingHttpResponse
 from django.urls import path
 
-from scoped import AsyncResourceError, lifespan_scoped, request_scope, request_scoped
+from scoped import (
+    AsyncResourceError,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+)
 from scoped.core import lifespan as lifespans
 from scoped.core.waits import run_without_loop
 from scoped.testing import Client
 from scoped.wsgi import ScopedWSGIHandler
 from tests.docs.project import urls
-from tests.wsgi_server import call
+from tests.wsgi_server import call, form
 
 SYNC = ("sync.md", "Sync code")
 IN_SYNC_VIEWS = ("sync.md", "Async resources in a sync view")
@@ -48,7 +55,7 @@ def _fresh():
 async def test_the_views_under_asgi(project, serve, notes):
     views = project(SYNC).views
     async with serve(path("", views.index), path("post", views.post)) as site:
-        assert (await site.get("/post?text=one")).body == b"Saved."
+        assert (await site.post("/post", text="one")).body == b"Saved."
         assert (await site.get("/")).body == b"1"
     assert await notes() == ["one"]
 
@@ -66,7 +73,7 @@ async def test_it_commits_before_the_first_byte(project, serve, notes, autocommi
         seen.append(await notes())
 
     async with serve(path("", view)) as site:
-        await site.get("/?text=one", before_send=look)
+        await site.post("/", text="one", before_send=look)
     assert seen[0] == (["one"] if autocommit else [])
     assert await notes() == ["one"]
 
@@ -77,7 +84,8 @@ async def test_the_views_under_wsgi(project, notes):
     assert isinstance(application, ScopedWSGIHandler)
     with urls(path("", views.index), path("post", views.post)):
         get = sync_to_async(call)
-        assert await get(application, "/post", QUERY_STRING="text=one") == ("200 OK", b"Saved.")
+        assert await get(application, "/post") == ("405 Method Not Allowed", b"")
+        assert await get(application, "/post", **form("text=one")) == ("200 OK", b"Saved.")
         assert await get(application, "/") == ("200 OK", b"1")
     assert await notes() == ["one"]
 
@@ -261,6 +269,37 @@ async def another_thread(user):
             await thread
 
 
+async def waits_for_itself(user):
+    @request_scoped
+    def odd():
+        return contextvars.Context().run(current.run, odd)  # no trace of who asks
+
+    async with request_scope():
+        current = contextvars.copy_context()
+        odd()
+
+
+async def needs_the_thread_that_waits(user):
+    occupied, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    @request_scoped
+    async def slow():
+        await occupied.wait()
+        await sync_to_async(lambda: None)()
+
+    def view():
+        loop.call_soon_threadsafe(occupied.set)
+        async_to_sync(slow)()
+
+    async with request_scope():
+        first = asyncio.create_task(slow())
+        await asyncio.sleep(0)
+        try:
+            await sync_to_async(view)()
+        finally:
+            await first
+
+
 @pytest.mark.parametrize(
     ("number", "how"),
     [
@@ -269,7 +308,9 @@ async def another_thread(user):
         (1, yet_another_loop),
         (2, not_set_up_yet),
         (3, another_thread),
-        (4, released_elsewhere),
+        (4, waits_for_itself),
+        (5, needs_the_thread_that_waits),
+        (6, released_elsewhere),
     ],
 )
 async def test_it_says_what_the_table_says(number, how, monkeypatch):
@@ -281,7 +322,7 @@ async def test_it_says_what_the_table_says(number, how, monkeypatch):
 
     with pytest.raises(AsyncResourceError, match=re.escape(rows()[number])):
         await how(user)
-    assert len(rows()) == 5
+    assert len(rows()) == 7
 
 
 def test_the_client_and_wsgi_refuse_async_ones():
@@ -313,3 +354,30 @@ async def test_all_sync_code_of_a_request_runs_in_one_thread_which_is_lent_again
             seen.update(threads)
     assert len(seen) == 1
     assert threading.get_ident() not in seen
+
+
+async def test_a_lifespans_sync_generator_has_a_thread_of_its_own():
+    threads = []
+
+    def generator():
+        threads.append(threading.get_ident())
+        yield
+        threads.append(threading.get_ident())
+
+    elsewhere, here = lifespan_scoped(generator), lifespan_scoped(generator)
+    async with lifespan_scope():
+        async with request_scope():
+            await asyncio.to_thread(elsewhere)
+            here()
+    own, loops, *ends = threads
+    assert loops == threading.get_ident() != own
+    assert ends == [loops, own]
+    assert has_ended(own)
+
+
+def has_ended(ident):
+    for thread in threading.enumerate():
+        if thread.ident == ident:
+            thread.join(10)
+            return not thread.is_alive()
+    return True

@@ -277,6 +277,13 @@ async def test_how_long_in_async_code():
     async with request_scope():
         await pool()
     assert log == ["+pool", "-pool"]
+    log.clear()
+    async with request_scope():
+        value = await pool()
+        async with lifespan_scope():
+            assert await pool() is value
+        assert log == ["+pool"]
+    assert log == ["+pool", "-pool"]
 
 
 def test_how_long_in_sync_code():

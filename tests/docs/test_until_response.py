@@ -61,9 +61,9 @@ async def test_a_commit_that_fails_is_a_500_and_never_a_false_200(project, serve
     got_request_exception.connect(receiver)
     try:
         async with serve(path("", views.book)) as site:
-            first = await site.get("/?seat=1")
-            second = await site.get("/?seat=1")
-            third = await site.get("/?seat=2")
+            first = await site.post("/", seat="1")
+            second = await site.post("/", seat="1")
+            third = await site.post("/", seat="2")
     finally:
         got_request_exception.disconnect(receiver)
     assert (first.status, first.body) == (200, b"Booked.")
@@ -85,7 +85,7 @@ async def test_the_commit_is_before_the_first_byte(project, serve, seats):
         seen.append((message["type"], await seats()))
 
     async with serve(path("", views.book)) as site:
-        await site.get("/?seat=1", before_send=look)
+        await site.post("/", seat="1", before_send=look)
     assert seen[0] == ("http.response.start", [1])
 
 
@@ -103,7 +103,7 @@ async def test_what_a_failed_view_wrote_is_rolled_back(project, serve, seats, ho
         await asyncio.Event().wait()
 
     async with serve(path("", view)) as site:
-        connection = site.open("/?seat=1")
+        connection = site.open("/", form={"seat": "1"})
         task = connection.start()
         if how == "client gone":
             await reached.wait()
@@ -122,7 +122,7 @@ async def test_a_view_that_returns_an_error_commits(project, serve, seats):
         return HttpResponse(status=400)
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?seat=1")).status == 400
+        assert (await site.post("/", seat="1")).status == 400
     assert await seats() == [1]
 
 
@@ -146,10 +146,10 @@ async def test_what_middleware_does_is_in_it_and_its_headers_are_not_on_the_500(
     views = project(COMMIT).views
     middleware = [f"{__name__}.booking_middleware"]
     async with serve(path("", views.book), MIDDLEWARE=middleware) as site:
-        good = await site.get("/?seat=1")
+        good = await site.post("/", seat="1")
         assert (b"X-Middleware", b"was here") in good.sent[0]["headers"]
         assert await seats() == [1, 99]
-        bad = await site.get("/?seat=2")  # 99 is taken now
+        bad = await site.post("/", seat="2")  # 99 is taken now
         assert bad.status == 500
         assert b"X-Middleware" not in dict(bad.sent[0]["headers"])
         assert await seats() == [1, 99]
@@ -170,7 +170,7 @@ async def test_a_streaming_body_comes_after_the_commit(project, serve, seats):
         return StreamingHttpResponse(body())
 
     async with serve(path("", views.export), path("late", too_late)) as site:
-        assert (await site.get("/")).body == b"7\n"
+        assert (await site.post("/")).body == b"7\n"
         late = await site.get("/late")
     assert "torn down before the first byte" in json.loads(late.body)
 

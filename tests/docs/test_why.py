@@ -76,7 +76,7 @@ async def test_a_connection_that_is_asked_for_and_one_that_is_handed_on(
     project, serve, monkeypatch
 ):
     resources = ModuleType("resources")
-    exec(RESOURCES, vars(resources))  # noqa: S102
+    exec(RESOURCES, vars(resources))  # noqa: S102 (the page's)
     monkeypatch.setitem(sys.modules, "resources", resources)
     services, log = project(AMBIENT).services, resources.log
 

@@ -1,6 +1,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from types import ModuleType, SimpleNamespace
+from urllib.parse import urlencode
 
 import asyncpg
 import pytest
@@ -40,7 +41,8 @@ async def lifespan(application):
 def serve():
     """
     Serves urlpatterns, or another ASGI application. Within, ``get(path)`` makes a
-    request; ``open(path)`` one whose client may go away.
+    request, ``post(path, name=value)`` one with a form, and ``open(path)`` or
+    ``open(path, form={...})`` one whose client may go away.
     """
 
     @asynccontextmanager
@@ -49,8 +51,11 @@ def serve():
         urls.urlpatterns = list(urlpatterns)
         served = application
 
-        def open_connection(path, **kwargs):
+        def open_connection(path, *, form=None, **kwargs):
             path, _, query = path.partition("?")
+            if form is not None:
+                content = [(b"content-type", b"application/x-www-form-urlencoded")]
+                kwargs |= {"method": "POST", "body": [urlencode(form).encode()], "headers": content}
             return Connection(served, path, query_string=query.encode(), **kwargs)
 
         async def get(path, **kwargs):
@@ -59,11 +64,14 @@ def serve():
             assert connection.complete
             return connection
 
+        async def post(path, *, before_send=None, **form):
+            return await get(path, form=form, before_send=before_send)
+
         with override_settings(**{"ROOT_URLCONF": urls, **settings}):
             if served is None:
                 served = ScopedASGIHandler()
             async with lifespan(served):
-                yield SimpleNamespace(get=get, open=open_connection)
+                yield SimpleNamespace(get=get, post=post, open=open_connection)
 
     return serve
 

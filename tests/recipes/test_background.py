@@ -156,11 +156,11 @@ async def test_django_tasks(recipe, notes, serve):
     async with serve(
         path("", project.views.enqueue), path("fails", fails), path("raises", raises)
     ) as site:
-        assert (await site.get("/?text=one")).body == b"SUCCESSFUL"
+        assert (await site.post("/", text="one")).body == b"SUCCESSFUL"
         assert await notes() == ["one"]
         assert (await site.get("/fails")).status == 200
         assert await notes() == ["one"]
-        assert (await site.get("/raises?text=two")).status == 500
+        assert (await site.post("/raises", text="two")).status == 500
         pool = await project.resources.pool()
         assert pool.get_idle_size() == pool.get_size() > 0
     assert await notes() == ["one", "two"]

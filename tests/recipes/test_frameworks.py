@@ -197,7 +197,7 @@ async def test_a_message_is_a_scope(recipe, serve, notes):
 async def test_http_beside_channels(recipe, serve, notes):
     project = recipe(ASYNCPG, CHANNELS)
     async with serve(path("", project.views.post), application=project.asgi.application) as site:
-        assert (await site.get("/?text=one")).status == 204
+        assert (await site.post("/", text="one")).status == 204
         pool = await project.resources.pool()
     assert await notes() == ["one"]
     assert pool.is_closing(), "the lifespan reached our handler"

@@ -7,7 +7,10 @@ import pytest
 
 from tests.recipes import pages
 
-TESTS = "".join(test.read_text() for test in Path(__file__).parent.glob("test_*.py"))
+HERE = Path(__file__).parent
+# What takes the dependency group `neighbours` is run beside the rest of that.
+FOLDERS = [HERE, HERE.parent / "neighbours"]
+TESTS = "".join(test.read_text() for folder in FOLDERS for test in folder.glob("test_*.py"))
 
 
 @pytest.mark.parametrize("page", pages.names())

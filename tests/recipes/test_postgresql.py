@@ -26,8 +26,8 @@ async def test_what_the_view_wrote_is_committed(recipe, serve, notes):
     async with serve(
         path("", views.index), path("post", views.post), path("save", views.save)
     ) as site:
-        assert (await site.get("/post?text=one")).status == 204
-        assert (await site.get("/save?text=two")).body == b"Saved."
+        assert (await site.post("/post", text="one")).status == 204
+        assert (await site.post("/save", text="two")).body == b"Saved."
         assert await notes() == ["one", "two"]
         assert (await site.get("/")).body == b"2"
         await returned(await project.resources.pool())
@@ -58,9 +58,9 @@ def failing_views(project):
 async def test_what_a_failed_request_wrote_is_rolled_back(recipe, serve, notes, section):
     project = recipe(section)
     async with serve(*failing_views(project)) as site:
-        assert (await site.get("/raises?text=never")).status == 500
-        assert (await site.get("/not-found?text=never")).status == 404
-        broken = site.open("/stream?text=never")
+        assert (await site.post("/raises", text="never")).status == 500
+        assert (await site.post("/not-found", text="never")).status == 404
+        broken = site.open("/stream", form={"text": "never"})
         with pytest.raises(ValueError):
             await broken.run()
         assert not broken.complete
@@ -105,7 +105,7 @@ async def test_when_the_client_goes_away_it_is_rolled_back(
 
     before = await backends()
     async with serve(path("", view)) as site:
-        connection = site.open("/?text=never")
+        connection = site.open("/", form={"text": "never"})
         task = connection.start()
         await reached.wait()
         connection.disconnect()
@@ -124,7 +124,7 @@ async def test_a_view_that_returns_an_error_commits(recipe, serve, notes):
         return HttpResponse(status=400)
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?text=kept")).status == 400
+        assert (await site.post("/", text="kept")).status == 400
     assert await notes() == ["kept"]
 
 
@@ -327,7 +327,7 @@ async def test_a_pool_that_is_exhausted_says_so_in_time(recipe, serve, notes):
 async def test_psycopg_commits(recipe, serve, notes):
     project = recipe(PSYCOPG)
     async with serve(path("", project.views.post)) as site:
-        assert (await site.get("/?text=one")).status == 204
+        assert (await site.post("/", text="one")).status == 204
         assert await notes() == ["one"]
         pool = await project.resources.pool()
         await returned(pool)

@@ -3,7 +3,10 @@ import asyncio
 import pytest
 from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
+from redis.asyncio import Redis
 from redis.exceptions import LockError
+
+from demo.servers import start_redis
 
 CLIENT = ("redis.md", "Client and pipeline")
 LOCK = ("redis.md", "Lock")
@@ -25,15 +28,16 @@ async def test_the_pipeline_is_executed_once_the_request_has_succeeded(recipe, s
     before = await connections(keys)
     async with serve(path("", project.views.index), path("visit", view)) as site:
         assert (await site.get("/")).body == b"0"
-        assert (await site.get("/visit")).status == 204
+        assert (await site.get("/visit")).status == 405
+        assert (await site.get("/visit", method="POST")).status == 204
         assert (await site.get("/")).body == b"1"
         assert 0 < await keys.ttl("visits") <= 3600
     await reach(lambda: connections(keys), before)
 
 
-async def reach(get, value):
+async def reach(get, value, seconds=20):
     """The server takes a moment to see that a connection was closed."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(seconds):
         while await get() != value:
             await asyncio.sleep(0.01)
 
@@ -52,8 +56,8 @@ async def test_a_failed_request_sends_nothing(recipe, serve, keys):
         await asyncio.Event().wait()
 
     async with serve(path("raises", raises), path("hangs", hangs)) as site:
-        assert (await site.get("/raises")).status == 500
-        connection = site.open("/hangs")
+        assert (await site.get("/raises", method="POST")).status == 500
+        connection = site.open("/hangs", method="POST")
         task = connection.start()
         await reached.wait()
         connection.disconnect()
@@ -144,7 +148,7 @@ async def test_a_second_request_waits_for_the_lock(recipe, serve, keys):
     async def impatient(request):
         lock = (await project.resources.redis()).lock("invoice-7", blocking_timeout=0.05)
         with pytest.raises(LockError):
-            await (await project.resources.until_the_end()).enter_async_context(lock)
+            await lock.__aenter__()
         return HttpResponse()
 
     async with serve(
@@ -177,7 +181,7 @@ async def test_a_lock_that_was_lost_is_logged(recipe, serve, keys, caplog):
     assert record.name == "scoped"
 
 
-async def test_the_subscription_ends_with_the_client(recipe, serve, keys):
+async def test_all_streams_share_one_subscription_which_ends_with_the_server(recipe, serve, keys):
     project = recipe(PUBSUB)
 
     async def subscribers():
@@ -187,18 +191,85 @@ async def test_the_subscription_ends_with_the_client(recipe, serve, keys):
     before = await connections(keys)
     async with serve(path("", project.views.events)) as site:
         for _ in range(2):
-            connection = site.open("/")
-            task = connection.start()
-            await reach(subscribers, 1)
-            await keys.publish("news", "hello")
-
-            async def is_told(connection=connection):
-                return connection.body.endswith(b"\n\ndata: hello\n\n")
-
-            await reach(is_told, True)
-            assert connection.body.startswith(b": subscribed\n\n")
-            connection.disconnect()
-            await task
-            assert not connection.complete
-            await reach(subscribers, 0)
+            streams = [site.open("/") for _ in range(3)]
+            tasks = [stream.start() for stream in streams]
+            for stream in streams:
+                await reach(is_told(stream, b": subscribed\n\n"), True)
+            assert await subscribers() == 1
+            assert await connections(keys) == before + 1
+            await keys.publish("news", "hello\n\ndata: forged")
+            for stream in streams:
+                told = b': subscribed\n\ndata: "hello\\n\\ndata: forged"\n\n'
+                await reach(is_told(stream, told), True)
+                stream.disconnect()
+            await asyncio.gather(*tasks)
+            assert not any(stream.complete for stream in streams)
+    assert await subscribers() == 0
     await reach(lambda: connections(keys), before)
+
+
+def is_told(stream, text):
+    async def is_told():
+        return stream.body == text
+
+    return is_told
+
+
+async def test_300_event_streams_and_200_commands_at_once_are_all_answered(recipe, serve, keys):
+    streaming, commanding = recipe(PUBSUB), recipe(CLIENT)
+    before = await connections(keys)
+
+    async def visit(request):
+        await (await commanding.resources.redis()).incr("visits")
+        return HttpResponse("counted")
+
+    urls = path("events", streaming.views.events), path("visit", visit)
+    async with serve(*urls) as site:
+        streams = [site.open("/events") for _ in range(300)]
+        tasks = [stream.start() for stream in streams]
+        for stream in streams:
+            await reach(is_told(stream, b": subscribed\n\n"), True)
+        answers = await asyncio.gather(*(site.get("/visit") for _ in range(200)))
+        assert [answer.status for answer in answers] == [200] * 200
+        assert await keys.get("visits") == "200"
+        # The pool, which keeps what it has opened, and the one subscription.
+        assert await connections(keys) <= before + 20 + 1
+        await keys.publish("news", "to all")
+        for stream in streams:
+            await reach(is_told(stream, b': subscribed\n\ndata: "to all"\n\n'), True)
+            stream.disconnect()
+        await asyncio.gather(*tasks)
+    await reach(lambda: connections(keys), before)
+
+
+async def test_who_does_not_read_misses_the_oldest_and_holds_no_more(recipe, serve, keys):
+    project = recipe(PUBSUB)
+    news = project.resources.News()
+    with news.heard() as queue:
+        for number in range(project.resources.BEHIND + 5):
+            news.tell(number)
+        assert queue.qsize() == project.resources.BEHIND
+        assert queue.get_nowait() == 5
+    news.tell("to nobody")
+    assert queue.qsize() == project.resources.BEHIND - 1
+
+
+async def test_the_subscription_outlives_a_redis_that_is_away(recipe, serve, monkeypatch):
+    with start_redis() as server:
+        monkeypatch.setenv("REDIS_URL", server.url)
+        project = recipe(PUBSUB)
+        async with serve(path("", project.views.events)) as site:
+            stream = site.open("/")
+            task = stream.start()
+            await reach(is_told(stream, b": subscribed\n\n"), True)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.restart)
+            async with Redis.from_url(server.url, decode_responses=True) as client:
+
+                async def is_heard():
+                    return await client.publish("news", "back") == 1
+
+                await reach(is_heard, True, 30)
+            await reach(is_told(stream, b': subscribed\n\ndata: "back"\n\n'), True)
+            stream.disconnect()
+            await task

@@ -24,9 +24,9 @@ async def checked_out(project):
 async def test_success_commits(project, serve, notes):
     views = project.views
     async with serve(path("post", views.post), path("save", views.save)) as site:
-        assert (await site.get("/post?text=one")).status == 204
+        assert (await site.post("/post", text="one")).status == 204
         assert await notes() == ["one"]
-        assert (await site.get("/save?text=two")).body == b"Saved as 2."
+        assert (await site.post("/save", text="two")).body == b"Saved as 2."
         assert await notes() == ["one", "two"]
         assert await checked_out(project) == 0
 
@@ -39,7 +39,7 @@ async def test_failure_rolls_back(project, serve, notes, error):
         raise error
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?text=never")).status == (404 if error is Http404 else 500)
+        assert (await site.post("/", text="never")).status == (404 if error is Http404 else 500)
         assert await notes() == []
         assert await checked_out(project) == 0
 
@@ -55,7 +55,7 @@ async def test_the_client_goes_away_and_it_rolls_back(project, serve, notes, bac
 
     before = await backends()
     async with serve(path("", view)) as site:
-        connection = site.open("/?text=never")
+        connection = site.open("/", form={"text": "never"})
         task = connection.start()
         await reached.wait()
         connection.disconnect()
@@ -72,7 +72,7 @@ async def test_what_was_committed_in_the_view_stays(project, serve, notes):
         raise ValueError
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?text=kept")).status == 500
+        assert (await site.post("/", text="kept")).status == 500
     assert await notes() == ["kept"]
 
 
@@ -96,14 +96,14 @@ async def test_until_the_response_a_commit_that_fails_is_a_500(project, serve, n
     seen = []
 
     async def view(request):
-        (await session()).add(project.models.Note(text=request.GET.get("text")))
+        (await session()).add(project.models.Note(text=request.POST.get("text")))
         return HttpResponse("done")
 
     async def look(number, message):
         seen.append(await notes())
 
     async with serve(path("", view)) as site:
-        assert (await site.get("/?text=kept", before_send=look)).body == b"done"
+        assert (await site.post("/", text="kept", before_send=look)).body == b"done"
         assert seen[0] == ["kept"]
         assert (await site.get("/")).status == 500
         assert await checked_out(project) == 0

@@ -1,0 +1,414 @@
+"""
+Promise 18: what hooks into Django's handlers works as under Django's own. Real ones are in
+tests/neighbours; here is how they hook in.
+"""
+
+import asyncio
+import contextvars
+import functools
+import io
+import threading
+from collections.abc import Iterator
+
+import django
+import pytest
+from asgiref.sync import async_to_sync, sync_to_async
+from django.core.exceptions import PermissionDenied
+from django.core.handlers import base, exception
+from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIHandler
+from django.db import close_old_connections
+from django.dispatch import Signal
+from django.http import Http404, HttpResponse
+from django.test import AsyncClient as DjangosAsyncClient
+from django.test import Client as DjangosClient
+from django.test import override_settings
+from django.urls import get_urlconf
+from django.utils.decorators import async_only_middleware
+
+from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scoped
+from scoped.asgi import ScopedASGIHandler
+from scoped.testing import AsyncClient, Client
+from scoped.wsgi import ScopedWSGIHandler
+from tests.connection import Connection
+from tests.views import Views
+
+log: list[object] = []
+variable = contextvars.ContextVar("variable", default="nothing")
+view = Views()
+urlpatterns = view.urlpatterns
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    log.clear()
+    with override_settings(ROOT_URLCONF=__name__):
+        yield
+
+
+@request_scoped
+def tenant() -> Iterator[int]:
+    """A thread's own, as a SQLite connection is."""
+    thread = threading.get_ident()
+    try:
+        yield thread
+    except BaseException as error:
+        log.append(type(error).__name__)
+        raise
+    finally:
+        log.append("its thread" if threading.get_ident() == thread else "another thread")
+
+
+@view
+async def plain(request):
+    return HttpResponse()
+
+
+async def get(where, handler=None):
+    connection = Connection(handler or ScopedASGIHandler(), where)
+    await connection.run()
+    return connection
+
+
+# Patches, wherever they are made, and whenever
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (ASGIHandler, "__call__"),
+        (ASGIHandler, "create_request"),
+        (ASGIHandler, "send_response"),
+        (BaseHandler, "get_response_async"),
+        (BaseHandler, "_get_response_async"),
+    ],
+)
+async def test_what_is_patched_after_we_were_imported_is_called_once_for_each_request(
+    cls, name, monkeypatch
+):
+    patched = getattr(cls, name)
+
+    def calls(self, *args):
+        log.append(name)
+        return patched(self, *args)
+
+    if asyncio.iscoroutinefunction(patched):
+
+        async def patch(self, *args):
+            return await calls(self, *args)
+    else:
+        patch = calls
+    monkeypatch.setattr(cls, name, patch)
+    handler = ScopedASGIHandler()
+    for _ in range(2):
+        assert (await get("/plain", handler)).status == 200
+    assert log == [name, name]
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(WSGIHandler, "__call__"), (BaseHandler, "get_response"), (BaseHandler, "_get_response")],
+)
+def test_under_wsgi_too(cls, name, monkeypatch):
+    patched = getattr(cls, name)
+
+    def patch(self, *args):
+        log.append(name)
+        return patched(self, *args)
+
+    monkeypatch.setattr(cls, name, patch)
+    call(ScopedWSGIHandler(), "/sync/shown")
+    assert [entry for entry in log if entry == name] == [name]
+
+
+@async_only_middleware
+def refuses(get_response):
+    async def middleware(request):
+        await get_response(request)
+        raise PermissionDenied
+
+    return middleware
+
+
+@pytest.mark.parametrize("kind", ["functools", "a proxy"])
+async def test_who_wraps_djangos_converter_is_called_and_we_see_the_failure_all_the_same(
+    kind, monkeypatch
+):
+    converter = base.convert_exception_to_response
+
+    class Proxy:
+        """As wrapt makes them: it shows what is its function's."""
+
+        def __init__(self, wrapped):
+            self.__wrapped__ = wrapped
+            self.__code__ = wrapped.__code__
+
+        _is_coroutine_marker = None
+
+        async def __call__(self, request):
+            log.append("wrapped")
+            return await self.__wrapped__(request)
+
+    def wraps_it(get_response):
+        converted = converter(get_response)
+        if kind == "a proxy":
+            return Proxy(converted)
+
+        @functools.wraps(converted)
+        async def wrapper(request):
+            log.append("wrapped")
+            return await converted(request)
+
+        return wrapper
+
+    @view
+    async def uses(request):
+        await sync_to_async(tenant)()
+        return HttpResponse()
+
+    monkeypatch.setattr(base, "convert_exception_to_response", wraps_it)
+    with override_settings(MIDDLEWARE=[f"{__name__}.refuses"]):
+        handler = ScopedASGIHandler()
+    assert (await get("/uses", handler)).status == 403
+    assert log == ["wrapped", "wrapped", "PermissionDenied", "its thread"]
+
+
+async def test_who_replaces_the_maker_of_error_pages_makes_them(monkeypatch):
+    def makes(request, error):
+        return HttpResponse(f"ours, of {type(error).__name__}", status=404)
+
+    @view
+    async def missing(request):
+        raise Http404
+
+    monkeypatch.setattr(exception, "response_for_exception", makes)
+    assert (await get("/missing")).body == b"ours, of Http404"
+
+
+# Error pages, in the request's thread on every Django (ticket 36027)
+
+
+@view
+def sync_missing(request):
+    tenant()
+    raise Http404
+
+
+@view
+async def async_missing(request):
+    await sync_to_async(tenant)()
+    raise Http404
+
+
+@view
+async def unused_missing(request):
+    raise Http404
+
+
+@async_only_middleware
+def misses(get_response):
+    async def middleware(request):
+        await sync_to_async(tenant)()
+        raise Http404
+
+    return middleware
+
+
+def handler404(request, exception):
+    """The project's page uses what belongs to the request's thread."""
+    return HttpResponse(str(tenant() == threading.get_ident()), status=404)
+
+
+@pytest.mark.parametrize(
+    "where", ["/sync/sync_missing", "/async_missing", "/unused_missing", "/no/such/path"]
+)
+async def test_an_error_page_is_made_in_the_requests_thread(where):
+    connection = await get(where)
+    assert (connection.status, connection.body) == (404, b"True")
+    assert log[0] in ("Http404", "Resolver404")
+    assert log[1:] == ["its thread"]
+
+
+async def test_that_of_async_middleware_too():
+    with override_settings(MIDDLEWARE=[f"{__name__}.misses"]):
+        connection = await get("/plain")
+    assert (connection.status, connection.body) == (404, b"True")
+    assert log == ["Http404", "its thread"]
+
+
+# Wrapped receivers
+
+
+async def test_a_test_keeps_its_connections_though_somebody_wraps_each_receiver(monkeypatch):
+    live = Signal._live_receivers
+    closed = []
+
+    def wrapped(self, sender):
+        def wrap(receiver):
+            @functools.wraps(receiver)
+            def wrapper(*args, **kwargs):
+                closed.append(receiver is close_old_connections)
+                return receiver(*args, **kwargs)
+
+            return wrapper
+
+        sync_receivers, async_receivers = live(self, sender)
+        return [wrap(receiver) for receiver in sync_receivers], async_receivers
+
+    monkeypatch.setattr(Signal, "_live_receivers", wrapped)
+    assert (await AsyncClient().get("/plain")).status_code == 200
+    assert closed  # others are called
+    assert True not in closed
+
+
+# ContextVars of a request, in the test that sent it
+
+
+@view
+async def sets(request):
+    variable.set("the view's")
+    return HttpResponse()
+
+
+@view
+def sets_in_thread(request):
+    variable.set("the sync view's")
+    return HttpResponse()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("/sets", "the view's"), ("/sync/sets_in_thread", "the sync view's")]
+)
+@pytest.mark.parametrize("client", [AsyncClient, DjangosAsyncClient])
+async def test_what_a_request_sets_in_a_contextvar_the_test_that_sent_it_sees(client, where, value):
+    await client().get(where)
+    assert variable.get() == value
+    assert get_urlconf() is None
+
+
+async def test_but_not_what_is_the_requests_own():
+    async with lifespan_scope() as around:
+        await AsyncClient().get("/sets")
+        assert current_scope() is around
+        assert await sync_to_async(lambda: "still works")() == "still works"
+
+
+# The request, under every handler that opens a scope
+
+
+@view
+async def shown_async(request):
+    log.append(current_scope().request is request)
+    return HttpResponse()
+
+
+@view
+def shown(request):
+    log.append(current_scope().request is request)
+    return HttpResponse()
+
+
+def call(application, where):
+    response = application(
+        {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": where,
+            "wsgi.input": io.BytesIO(),
+            "SERVER_NAME": "localhost",
+            "SERVER_PORT": "80",
+        },
+        lambda status, headers: None,
+    )
+    response.close()
+
+
+def over_asgi(handler):
+    return lambda where: async_to_sync(Connection(handler(), where).run)()
+
+
+def over_wsgi(handler):
+    return lambda where: call(handler(), where)
+
+
+def by_async_client(client):
+    def get(where):
+        return async_to_sync(client().get)(where)
+
+    return get
+
+
+def by_client(client):
+    return lambda where: client().get(where)
+
+
+WAYS = {
+    "scoped.asgi": over_asgi(ScopedASGIHandler),
+    "scoped.wsgi": over_wsgi(ScopedWSGIHandler),
+    "scoped.testing.AsyncClient": by_async_client(AsyncClient),
+    "scoped.testing.Client": by_client(Client),
+    "django.core.wsgi": over_wsgi(WSGIHandler),
+    "django.test.Client": by_client(DjangosClient),
+}
+if django.VERSION >= (6, 1):  # before, these lose the scope
+    WAYS |= {
+        "django.core.asgi": over_asgi(ASGIHandler),
+        "django.test.AsyncClient": by_async_client(DjangosAsyncClient),
+    }
+
+
+@pytest.mark.parametrize("where", ["/sync/shown", "/shown_async"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scope_knows_its_request(way, where):
+    WAYS[way](where)
+    assert log == [True]
+
+
+def test_each_of_two_requests_one_inside_the_other_is_known():
+    @view
+    def outer(request):
+        DjangosClient().get("/sync/shown")
+        log.append(current_scope().request is request)
+        return HttpResponse()
+
+    DjangosClient().get("/sync/outer")
+    assert log == [True, True]
+
+
+# Promise 16: a lifespan that no server has begun
+
+
+@lifespan_scoped
+async def pool():
+    yield "pool"
+
+
+@view
+async def uses_pool(request):
+    return HttpResponse(await pool())
+
+
+def logged(caplog):
+    return [record for record in caplog.records if "has not begun one" in record.getMessage()]
+
+
+def test_a_server_that_begins_no_lifespan_is_told_so_once(caplog):
+    async def serve():
+        handler = ScopedASGIHandler()
+        for _ in range(3):
+            assert (await get("/uses_pool", handler)).body == b"pool"
+
+    asyncio.run(serve())
+    [record] = logged(caplog)
+    assert record.levelname == "WARNING"
+    assert "lifespan_scope()" in record.getMessage()
+
+
+def test_one_that_does_is_not_nor_is_a_test_client(caplog):
+    async def serve():
+        async with lifespan_scope():
+            assert (await get("/uses_pool")).body == b"pool"
+        assert (await AsyncClient().get("/uses_pool")).content == b"pool"
+
+    asyncio.run(serve())
+    assert logged(caplog) == []
