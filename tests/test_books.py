@@ -12,7 +12,9 @@ import time
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,7 +34,8 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.core import first_use
 from scoped.core.lifespan import LifespanScope, lifespans
-from scoped.core.record import HELD
+from scoped.core.place import thread_here
+from scoped.core.record import HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
@@ -195,6 +198,8 @@ class TestWhoCancelsIsKnown:
             await asyncio.create_task(scope.__aexit__(None, None, None), context=context)
         assert [type(error) for error in caught.value.exceptions] == [TimeoutError]
         assert log == ["other"]
+        await turns()
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # not even one to watch over it
 
     @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
     async def test_a_worker_that_dies_ends_no_lifespan(self, is_held: bool, log: list[str]) -> None:
@@ -236,6 +241,36 @@ class TestWhoCancelsIsKnown:
         assert isinstance(group, ExceptionGroup)
         assert isinstance(group.exceptions[0], ValueError)
         assert log == ["pool"]
+
+    async def test_a_keeper_that_was_cancelled_may_use_task_groups_in_its_teardown(
+        self, log: list[str]
+    ) -> None:
+        async def fail() -> None:
+            raise ValueError("a child")
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            keepers.append(asyncio.current_task())
+            try:
+                yield "db"
+            finally:
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(fail())
+                except* ValueError:
+                    log.append("handled")
+                await asyncio.sleep(0)
+                log.append("down")
+
+        keepers: list[asyncio.Task[Any] | None] = []
+        with suppress(asyncio.CancelledError):
+            async with request_scope():
+                await asyncio.create_task(db())
+                assert keepers[0] is not None
+                keepers[0].cancel()
+                await turns()
+                assert log == []
+        assert log == ["handled", "down"]
 
 
 class TestHandedOver:
@@ -431,6 +466,75 @@ class TestRelease:
             await a.release()
             assert log == ["slow", "late", "a"]
 
+    async def test_it_stops_where_somebody_begins_to_set_up_with_what_it_is_about_to_take(
+        self, log: list[str]
+    ) -> None:
+        a = logged("a", log)
+        is_going, go_on, let_it_be = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        @request_scoped
+        async def slow() -> AsyncIterator[str]:
+            await a()
+            yield "slow"
+            is_going.set()
+            await go_on.wait()
+            log.append("slow")
+
+        @request_scoped
+        async def late() -> AsyncIterator[str]:
+            await a()
+            await let_it_be.wait()
+            yield "late"
+            log.append("late")
+
+        async with request_scope():
+            await asyncio.create_task(a())
+            await asyncio.create_task(slow())
+            releasing = asyncio.create_task(a.release())
+            await is_going.wait()
+            coming = asyncio.create_task(late())
+            await turns()
+            go_on.set()
+            with pytest.raises(TeardownError) as caught:
+                await releasing
+            assert "late" in str(caught.value.exceptions[0])
+            assert isinstance(caught.value.exceptions[0], AsyncResourceError)
+            assert log == ["slow"]
+            let_it_be.set()
+            assert await coming == "late"
+        assert log == ["slow", "late", "a"]
+
+    async def test_a_factory_that_releases_and_is_complete_before_that_is_over_goes_too(
+        self, log: list[str]
+    ) -> None:
+        a = logged("a", log)
+        is_going, go_on = asyncio.Event(), asyncio.Event()
+
+        @request_scoped
+        async def slow() -> AsyncIterator[str]:
+            await a()
+            yield "slow"
+            is_going.set()
+            await go_on.wait()
+            log.append("slow")
+
+        @request_scoped
+        async def quick() -> AsyncIterator[str]:
+            await a()
+            releasing.append(asyncio.create_task(a.release()))
+            await is_going.wait()
+            yield "quick"
+            log.append("quick")
+
+        releasing: list[asyncio.Task[None]] = []
+        async with request_scope():
+            await asyncio.create_task(a())
+            await asyncio.create_task(slow())
+            assert await asyncio.create_task(quick()) == "quick"
+            go_on.set()
+            await releasing[0]
+            assert log == ["slow", "quick", "a"]
+
 
 class TestLifespan:
     """Promises 16 and 24: a lifespan joined inside an open request ends after it."""
@@ -553,6 +657,39 @@ class TestThreadsAtTheMomentOfClosing:
             assert log == ["transaction", "told"]
             assert what_is_kept(scope) == []
         assert len(set(up_in)) == 1
+
+    def test_a_release_and_the_end_of_the_scope_take_it_once(self, log: list[str]) -> None:
+        meeting = threading.Barrier(2)
+        taken: list[bool] = []
+
+        class Contended(RequestScope):
+            """Two come to take it in the same moment."""
+
+            __slots__ = ()
+
+            def take(self, record: Record) -> bool:
+                with suppress(threading.BrokenBarrierError):
+                    meeting.wait(DEADLINE)
+                is_mine = super().take(record)
+                taken.append(is_mine)
+                return is_mine
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            yield "tenant"
+            log.append("tenant")
+
+        def use_and_release() -> None:
+            tenant()
+            tenant.release()
+
+        with Contended("the request scope"):
+            thread = in_thread(use_and_release, contextvars.copy_context())
+            while not meeting.n_waiting:
+                time.sleep(0.001)
+        thread.join(DEADLINE)
+        assert sorted(taken) == [False, True]
+        assert log == ["tenant"]
 
     async def test_a_lifespan_is_not_begun_for_a_request_that_has_ended(
         self, log: list[str]
@@ -682,6 +819,99 @@ class TestThreadsAtTheMomentOfClosing:
         assert log == ["base", "late"]
 
 
+class TestSyncGeneratorsOfALifespan:
+    """Promises 10 and 17: one ends in the thread in which it began, one of its own if need be."""
+
+    @staticmethod
+    def own_threads() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if one.name == "scoped-generator"]
+
+    async def no_own_thread_is_left(self) -> None:
+        await until(lambda: not self.own_threads())
+
+    @pytest.mark.parametrize("fails", [False, True])
+    async def test_first_used_in_a_thread_of_a_pool_it_has_its_own(
+        self, fails: bool, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        def cache() -> Iterator[str]:
+            threads.append(threading.get_ident())
+            yield "cache"
+            threads.append(threading.get_ident())
+            log.append("cache")
+            if fails:
+                raise ValueError("cache")
+
+        threads: list[int] = []
+        try:
+            async with lifespan_scope():
+                assert await asyncio.to_thread(cache) == "cache"
+                assert cache() == "cache"
+        except TeardownError:
+            log.append("told")
+        assert log == ["cache"] + ["told"] * fails
+        assert len(set(threads)) == 1
+        assert threads[0] != threading.get_ident()
+        await self.no_own_thread_is_left()
+
+    async def test_a_set_up_that_fails_leaves_no_thread(self) -> None:
+        @lifespan_scoped
+        def cache() -> Iterator[str]:
+            raise ValueError("cache")
+            yield
+
+        async with lifespan_scope():
+            with pytest.raises(ValueError, match="cache"):
+                await asyncio.to_thread(cache)
+            await self.no_own_thread_is_left()
+
+    @pytest.mark.parametrize("has_ended", [False, True])
+    async def test_where_there_is_a_way_back_to_the_thread_it_ends_there_or_here_if_that_has_ended(
+        self, has_ended: bool, log: list[str]
+    ) -> None:
+        class Way:
+            """As whoever lends threads leaves it in each."""
+
+            def __init__(self, thread: ThreadPoolExecutor) -> None:
+                self.thread = thread
+
+            def keep(self) -> None:
+                log.append("keep")
+
+            def let_go(self) -> None:
+                log.append("let go")
+
+            def submit(self, work: Callable[[], None], /) -> "Future[None]":
+                return self.thread.submit(work)
+
+        @lifespan_scoped
+        def cache() -> Iterator[str]:
+            threads.append(threading.get_ident())
+            yield "cache"
+            threads.append(threading.get_ident())
+
+        def use() -> str:
+            thread_here.way = way
+            try:
+                return cache()
+            finally:
+                del thread_here.way
+
+        threads: list[int] = []
+        with ThreadPoolExecutor(1) as thread:
+            way = Way(thread)
+            hop = partial(sync_to_async, thread_sensitive=False, executor=thread)
+            async with lifespan_scope():
+                assert await hop(use)() == "cache"
+                assert log == ["keep"]
+                assert self.own_threads() == []
+                if has_ended:
+                    thread.shutdown()
+        assert threads[0] != threading.get_ident()
+        assert threads[1] == (threading.get_ident() if has_ended else threads[0])
+        assert log == ["keep", "let go"]
+
+
 class TestGarbage:
     """Promises 14 and 15: what Python lets go of half-way takes nothing from others."""
 
@@ -807,6 +1037,29 @@ class TestSharedContext:
         await asyncio.wait_for(owning, DEADLINE)
         assert others[0].result() == "db"
 
+    async def test_who_has_given_up_waiting_is_in_no_circle(self) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def one() -> str:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await asyncio.create_task(other())
+            go_on.set()
+            await turns()
+            return "one"
+
+        @request_scoped
+        async def other() -> str:
+            await go_on.wait()
+            return "other of " + await one()
+
+        async with request_scope():
+            first = asyncio.create_task(other())
+            await turns()
+            assert await asyncio.create_task(one()) == "one"
+            assert await asyncio.wait_for(first, DEADLINE) == "other of one"
+
 
 class TestPatience:
     """Promises 4 and 21: no wait for a thread that waits for this one."""
@@ -847,15 +1100,19 @@ class TestWorkIsLinear:
 
     @staticmethod
     def seconds(count: int, work: Callable[[int], Awaitable[float]]) -> float:
-        """CPU time of this thread, without what asyncio's debug mode adds."""
-        with asyncio.Runner(debug=False) as runner:
-            return runner.run(work(count))  # type: ignore[arg-type]
+        """CPU time of this thread, without what asyncio's debug mode and the collector add."""
+        gc.collect()
+        gc.disable()
+        try:
+            with asyncio.Runner(debug=False) as runner:
+                return runner.run(work(count))  # type: ignore[arg-type]
+        finally:
+            gc.enable()
 
     def check(self, work: Callable[[int], Awaitable[float]]) -> None:
         """Sixteen times as much takes 16 times as long, or 256 times where each looks at all."""
         ratios: list[float] = []
         for _ in range(4):
-            gc.collect()
             few = min(self.seconds(1_000, work) for _ in range(3))
             ratios.append(self.seconds(16_000, work) / few)
             if ratios[-1] < 64:

@@ -17,6 +17,7 @@ from scoped import (
     request_scope,
     request_scoped,
 )
+from scoped.core.resource import KeyedResource
 from scoped.testing import override
 
 log: list[str] = []
@@ -62,6 +63,20 @@ async def test_each_set_of_arguments_has_a_value_of_its_own() -> None:
     assert log[5:] == ["-bread", "-bread", "-bread", "-b", "-a"]
     async with request_scope():
         await lock("a")
+
+
+def test_one_key_of_two_resources_is_two() -> None:
+    @request_scoped(keyed=True)
+    def one(key: int) -> int:
+        return key
+
+    @request_scoped(keyed=True)
+    def other(key: int) -> int:
+        return key
+
+    assert KeyedResource(one.resource, (1,)) == KeyedResource(one.resource, (1,))
+    assert KeyedResource(one.resource, (1,)) != KeyedResource(other.resource, (1,))
+    assert KeyedResource(one.resource, (1,)) != KeyedResource(one.resource, (2,))
 
 
 async def test_asked_for_by_many_at_once_each_is_set_up_once() -> None:
