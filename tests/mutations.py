@@ -1085,7 +1085,6 @@ MUTATIONS = [
         ),
         ("serving/threads", "import os\n", "import os\nimport time\n"),
     ),
-    ),
     mutation(
         "what Sentry patches is gone round",
         (
