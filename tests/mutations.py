@@ -1064,7 +1064,6 @@ MUTATIONS = [
         ),
         ("serving/threads", "import os\n", "import os\nimport time\n"),
     ),
-    ),
     mutation(
         "what Sentry patches is gone round",
         (
