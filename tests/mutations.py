@@ -462,11 +462,19 @@ MUTATIONS = [
     ),
     mutation(
         "a scope that is collected open says nothing",
-        ("core/scope", 'if self._state == "open" and self.records:', "if False:"),
+        (
+            "core/scope",
+            'if getattr(self, "_state", "new") == "open" and self.records:',
+            "if False:",
+        ),
     ),
     mutation(
         "it says so though it holds nothing",
-        ("core/scope", 'if self._state == "open" and self.records:', 'if self._state == "open":'),
+        (
+            "core/scope",
+            'if getattr(self, "_state", "new") == "open" and self.records:',
+            'if self._state == "open":',
+        ),
     ),
     mutation(
         "a closed scope sets up all the same",

@@ -73,6 +73,14 @@ class Listener:
         self.told.append(kwargs)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo, which other tests import, does as long as the process lives."""
+    for name in NAMES:
+        monkeypatch.setattr(getattr(signals, name), "receivers", [])
+    monkeypatch.setattr(events, "observer", None)
+
+
 @pytest.fixture
 def listener() -> Iterator[Listener]:
     listener = Listener()
