@@ -59,7 +59,7 @@ def run(demo: Demo, page: Page, clicks: int, chance: random.Random) -> list[str]
         print(f"{number:6} {outcome}")
     print(f"{seconds:6.1f} seconds")
     for name in ("in_use", "waiting", "idle", "max"):
-        print(f"{page.gauge('pool', name):6} {name.replace('_', ' ')} of our pool")
+        print(f"{page.gauge('scoped', name):6} {name.replace('_', ' ')} of our pool")
     print(f"{page.gauge('scopes'):6} scopes open, {page.gauge('pages')} page")
     print(f"{memory:6.1f} MB before, {grown:+.1f} MB after")
     problems = {
