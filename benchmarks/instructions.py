@@ -105,7 +105,10 @@ def main() -> None:
     directory = arguments.output
     if directory is None and not arguments.only:
         directory = Path(__file__).parent.parent / "docs"
-    asyncio.run(_main(directory, arguments.only))
+    only = arguments.only
+    if only and directory is not None:
+        only += ["AsyncExitStack", "hand-written"]  # the units of the page
+    asyncio.run(_main(directory, only))
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
         "# Benchmarks",
         "*Written by `python -m benchmarks` (dependency group `benchmarks`): do not edit.*",
         "Each figure is `scoped` beside the alternatives, in one run. What counts are the ratios: "
-        "seconds depend on the machine. The same work is counted in "
-        "[instructions](benchmarks-instructions.md). *Protected* are peers that set up once where "
+        "seconds depend on the machine. `python -m benchmarks.instructions` "
+        "counts the same work in instructions. *Protected* are peers that set up once where "
         "several tasks of a scope ask at once.",
         summary(questions),
         *map(_section, questions),

@@ -104,7 +104,7 @@ def address_of(listener: socket.socket) -> str:
         return address
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):  # noqa: S104 (is compared: each address of this machine)
-        host = "127.0.0.1" if host == "0.0.0.0" else "::1"  # noqa: S104
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"  # noqa: S104 (only compared)
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 

@@ -18,6 +18,10 @@ class WebServer(uvicorn.Server):
         if not self.should_exit:
             print(self.words, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        server.begin_the_end()
+        await super().shutdown(sockets)
+
     def restart(self) -> None:
         """What an ending asks for: the shutdown of a SIGTERM, without its end."""
         self.restarts = self.should_exit = True
@@ -27,9 +31,9 @@ def serve(listener: socket.socket, address: str) -> None:
     """Until a signal ends it, which is then raised again."""
     words = f"The demo: {address} (Ctrl-C ends it)"
     while True:
-        # Without a limit an open event stream would keep uvicorn from ever ending.
+        # Open pages end at once. What else goes on has so many seconds.
         config = uvicorn.Config(
-            "demo.asgi:application", lifespan="on", timeout_graceful_shutdown=0.5, log_config=None
+            "demo.asgi:application", lifespan="on", timeout_graceful_shutdown=2, log_config=None
         )
         web = WebServer(config, words)
         server.restarts_by(web.restart)

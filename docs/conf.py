@@ -1,6 +1,7 @@
 """The pages as a site: ``python -m sphinx -W --keep-going -b html docs build/site``."""
 
 import os
+import re
 import sys
 import tomllib
 import urllib.request
@@ -78,5 +79,25 @@ if repository := urls.get("Repository"):
 copybutton_exclude = ".linenos, .gp, .go"
 
 
+OUTWARD = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)")
+
+
+def link_outward(app: Sphinx, page: str, source: list[str]) -> None:
+    """What is no page, a README beside code say, is linked in the repository if that is known."""
+
+    def replace(link: re.Match[str]) -> str:
+        path, _, anchor = link[2].partition("#")
+        target = (Path(app.srcdir) / page).parent.joinpath(path).resolve()
+        if target.is_relative_to(app.srcdir):
+            return link[0]
+        if not repository:
+            return link[1]
+        place = target.relative_to(ROOT).as_posix() + (f"#{anchor}" if anchor else "")
+        return f"[{link[1]}]({repository}/blob/main/{place})"
+
+    source[0] = OUTWARD.sub(replace, source[0])
+
+
 def setup(app: Sphinx) -> None:
     app.add_lexer("mermaid", TextLexer)  # which the forge draws
+    app.connect("source-read", link_outward)

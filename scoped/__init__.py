@@ -21,6 +21,7 @@ from scoped.core.inspect import OpenScope, inspect
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.lookup import current_scope
 from scoped.core.request import request_scope
+from scoped.core.scope import Scope
 from scoped.serving.background import spawn
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LifetimeError",
     "NoScopeError",
     "OpenScope",
+    "Scope",
     "ScopeClosedError",
     "ScopedError",
     "TeardownError",

@@ -162,9 +162,9 @@ PROMISES = {
     ),
     22: (
         "A thread is lent clean",
-        "The thread for a request's sync code comes without a transaction, without a connection "
-        "that is broken or too old, without a Context of another request; one that is still at "
-        "work is not lent.",
+        "In the thread for its sync code a request finds no transaction, no Context of another "
+        "request, and nothing at all of one that was cut off. A thread that ends closes its "
+        "database connections.",
     ),
     23: (
         "Nothing of ours is done to another's object that may fail",

@@ -646,7 +646,7 @@ MUTATIONS = [
         (
             "serving/receivers",
             '    scope_class(_name(scope["method"], scope["path"])).open()\n',
-            "    if current.get() is None:\n"
+            "    if scope_here() is None:\n"
             '        scope_class(_name(scope["method"], scope["path"])).open()\n',
         ),
     ),
@@ -1054,11 +1054,15 @@ MUTATIONS = [
     ),
     mutation(
         "a thread seems busy when its last work has been heard of",
+        ("serving/threads", "            self.done += 1  # before", "            pass  # before"),
         (
             "serving/threads",
-            "        self.done += 1  # before",
-            "        import time; time.sleep(0.01); self.done += 1  # before",
+            "                _answer(future, result, failure)\n",
+            "                _answer(future, result, failure)\n"
+            "                time.sleep(0.01)\n"
+            "                self.done += 1\n",
         ),
+        ("serving/threads", "import os\n", "import os\nimport time\n"),
     ),
     mutation(
         "what Sentry patches is gone round",

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -386,6 +387,21 @@ class TestItsProcess:
             assert demo.process.wait(within(10)) in (0, 130)
             assert time.monotonic() - started < within(5)
             assert "Traceback" not in demo.output
+
+    def test_an_open_page_is_no_reason_to_cut_anything_off(
+        self, postgres_url: str, redis_url: str
+    ) -> None:
+        environment = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
+        with Demo("--port", "0", **environment) as demo, Visitor(demo) as visitor:
+            with events(visitor) as lines, ThreadPoolExecutor() as threads:
+                with Visitor(demo) as other, Page(demo) as page:
+                    click = threads.submit(other.post, "/scoped/turns")  # takes a second
+                    eventually(lambda: page.new("/scoped/turns"))
+                    demo.process.terminate()
+                    list(lines)  # to its end, which it says itself
+                    assert click.result().status_code == 200
+            assert demo.process.wait(within(10)) in (0, 130)
+            assert "ERROR" not in demo.output
 
     def test_killed_it_leaves_no_server_and_no_data(self) -> None:
         with Demo("--port", "0") as demo, Visitor(demo) as visitor, events(visitor):

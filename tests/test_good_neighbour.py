@@ -6,6 +6,7 @@ tests/neighbours; here is how they hook in.
 import asyncio
 import contextvars
 import functools
+import inspect
 import io
 import threading
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from django.test import override_settings
 from django.urls import get_urlconf
 from django.utils.decorators import async_only_middleware
 
-from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scoped
+from scoped import Scope, current_scope, lifespan_scope, lifespan_scoped, request_scoped
 from scoped.asgi import ScopedASGIHandler
 from scoped.testing import AsyncClient, Client
 from scoped.wsgi import ScopedWSGIHandler
@@ -93,7 +94,7 @@ async def test_what_is_patched_after_we_were_imported_is_called_once_for_each_re
         log.append(name)
         return patched(self, *args)
 
-    if asyncio.iscoroutinefunction(patched):
+    if inspect.iscoroutinefunction(patched):
 
         async def patch(self, *args):
             return await calls(self, *args)
@@ -362,6 +363,19 @@ if django.VERSION >= (6, 1):  # before, these lose the scope
 def test_the_scope_knows_its_request(way, where):
     WAYS[way](where)
     assert log == [True]
+
+
+def test_it_can_be_annotated():
+    def name_of(scope: Scope) -> str:
+        return scope.name
+
+    @view
+    def annotated(request):
+        log.append(name_of(current_scope()))
+        return HttpResponse()
+
+    Client().get("/sync/annotated")
+    assert log == ["the request GET /sync/annotated"]
 
 
 def test_each_of_two_requests_one_inside_the_other_is_known():

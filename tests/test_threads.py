@@ -21,7 +21,7 @@ from django.db.backends.signals import connection_created
 from django.http import HttpResponse
 from django.test import override_settings
 
-from scoped import spawn
+from scoped import lifespan_scope, lifespan_scoped, spawn
 from scoped.asgi import ScopedASGIHandler
 from scoped.serving import threads
 from scoped.serving.threads import LentThread
@@ -568,3 +568,30 @@ def test_the_tidy_receivers_are_those_that_django_connects():
 
     assert {reset_queries, close_old_connections} <= sync_receivers(request_started)
     assert {close_caches, close_old_connections} <= sync_receivers(request_finished)
+
+
+async def test_a_lifespan_s_sync_generator_ends_in_the_lent_thread_that_set_it_up():
+    """Promises 17 and 22: the thread goes on for that, though it is not lent again."""
+    log = []
+
+    @lifespan_scoped
+    def cache():
+        log.append(threading.get_ident())
+        yield "cache"
+        log.append(threading.get_ident())
+
+    @view
+    async def asks(request):
+        return HttpResponse(await sync_to_async(cache)())
+
+    async with lifespan_scope():
+        connection = Connection(ScopedASGIHandler(), "/asks")
+        await connection.run()
+        assert connection.body == b"cache"
+        threads.end_idle()  # nobody lends it any more
+        assert len(log) == 1
+    assert log[0] == log[1] != threading.get_ident()
+    deadline = time.monotonic() + within(10)
+    while any(thread.ident == log[0] for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the thread has not ended"
+        await asyncio.sleep(0.01)

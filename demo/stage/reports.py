@@ -29,24 +29,38 @@ class TooManyPagesError(Exception):
     """As many are open as one process serves."""
 
 
+Heard = tuple[str, str] | None  # channel and data; None, which comes last, is the server's end
+
+
 class News:
     """What was heard goes to each page's queue."""
 
     def __init__(self) -> None:
-        self._queues: set[asyncio.Queue[tuple[str, str]]] = set()
+        self._queues: set[asyncio.Queue[Heard]] = set()
+        self._is_over = False
 
     def tell(self, channel: str, data: str) -> None:
+        self._put((channel, data))
+
+    def end(self) -> None:
+        """Tell all pages, and those that still come, that this was it."""
+        self._is_over = True
+        self._put(None)
+
+    def _put(self, heard: Heard) -> None:
         for queue in self._queues:
             if queue.full():  # each report stands for itself: the latest count
                 queue.get_nowait()
-            queue.put_nowait((channel, data))
+            queue.put_nowait(heard)
 
     @contextmanager
-    def heard(self) -> "Iterator[asyncio.Queue[tuple[str, str]]]":
+    def heard(self) -> Iterator[asyncio.Queue[Heard]]:
         """What comes while the ``with`` lasts. Raises TooManyPagesError."""
         if len(self._queues) >= PAGES:
             raise TooManyPagesError
-        queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(BEHIND)
+        queue: asyncio.Queue[Heard] = asyncio.Queue(BEHIND)
+        if self._is_over:
+            queue.put_nowait(None)
         self._queues.add(queue)
         try:
             yield queue

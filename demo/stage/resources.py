@@ -10,7 +10,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from demo import resources
-from demo.stage import gauges, pools, reports
+from demo.stage import gauges, pools, reports, server
 from scoped import lifespan_scoped, request_scoped
 
 # The ids go on where those of another database have stopped: an open page knows them.
@@ -39,7 +39,8 @@ async def news() -> AsyncIterator[reports.News]:
     )
     tasks = [asyncio.create_task(reports.listen(news)), report]
     try:
-        yield news
+        with server.told_of_the_end(news.end):
+            yield news
     finally:
         for task in tasks:
             task.cancel()

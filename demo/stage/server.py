@@ -1,6 +1,10 @@
-"""How an ending tells the server that serves it to shut down, and to serve anew."""
+"""
+What the server and the page tell each other: an ending, that it is to shut down and to serve anew;
+the server, that it shuts down, so that open pages do not hold it up.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class NoRestartError(RuntimeError):
@@ -23,3 +27,21 @@ def restarts_by(way: Callable[[], None]) -> None:
 def restart() -> None:
     """Shut it down as a SIGTERM does, and serve anew. Raises NoRestartError where it cannot."""
     _ways[0]()
+
+
+_pages: set[Callable[[], None]] = set()
+
+
+@contextmanager
+def told_of_the_end(end: Callable[[], None]) -> Iterator[None]:
+    """While the ``with`` lasts, ``end`` is called when the server begins to shut down."""
+    _pages.add(end)
+    try:
+        yield
+    finally:
+        _pages.discard(end)
+
+
+def begin_the_end() -> None:
+    for end in list(_pages):
+        end()

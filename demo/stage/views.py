@@ -172,11 +172,13 @@ async def stream(queue: Any, last_seen: str) -> AsyncIterator[str]:
     while True:
         try:
             async with asyncio.timeout(HEARTBEAT):
-                channel, data = await queue.get()
+                heard_now = await queue.get()
         except TimeoutError:
             yield ": still here\n\n"
-        else:
-            yield as_event(channel, data)
+            continue
+        if heard_now is None:  # the server shuts down: the browser asks again in a moment
+            return
+        yield as_event(*heard_now)
 
 
 def as_json(message: Any) -> str:

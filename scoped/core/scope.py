@@ -392,7 +392,7 @@ class Scope:
             self._previous = None
 
     def __del__(self) -> None:
-        if self._state == "open" and self.records:
+        if getattr(self, "_state", "new") == "open" and self.records:
             names = ", ".join(str(resource) for resource in list(self.records))
             warnings.warn(
                 f"{self} was never closed, and so neither was what it held: {names}. Open a scope "

@@ -27,18 +27,19 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from itertools import count
 from queue import SimpleQueue
-from threading import Thread
+from threading import RLock, Thread
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
+from scoped.core.place import thread_here
 from scoped.core.scope import Scope
 from scoped.core.waits import outlast
 
@@ -62,6 +63,9 @@ class _Worker:
         # Of the work that somebody waits for; each changed in one thread only. It is done in order.
         self.given = self.done = 0
         self.is_connected = False  # to a database, when it last had done such work
+        # How many generators of a lifespan wait in it for their end; whether it ends after that.
+        self.kept, self.is_over = 0, False
+        self._lock = RLock()  # which a finalizer may take again
         self.thread = Thread(target=self._run, name=f"scoped-{next(_numbers)}", daemon=True)
         # Python may be told to let a thread inherit the Context that starts it
         # (``thread_inherit_context``, 3.14): here the first request's.
@@ -78,10 +82,35 @@ class _Worker:
         self.queue.put((work, future))
 
     def end(self) -> None:
-        """When it has done its work."""
+        """When it has done its work, and nothing waits in it for its end."""
+        with self._lock:
+            self.is_over = True
+            if self.kept:
+                return
         self.queue.put(None)
 
+    # The way back to this thread, for what a lifespan has set up in it
+
+    def keep(self) -> None:
+        with self._lock:
+            self.kept += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self.kept -= 1
+            ends = self.is_over and not self.kept
+        if ends:
+            self.queue.put(None)
+
+    def submit(self, work: Callable[[], None], /) -> "Future[None]":
+        if not self.thread.is_alive():
+            raise RuntimeError(f"{self.thread.name} has ended")
+        done: Future[None] = Future()
+        self.give(partial(_do_for, done, work))
+        return done
+
     def _run(self) -> None:
+        thread_here.way = self
         while self._do(self.queue.get()):
             pass
         _close_connections()
@@ -110,6 +139,15 @@ class _Worker:
         finally:
             del work, future, failure  # no cycle with this frame
         return True
+
+
+def _do_for(done: "Future[None]", work: Callable[[], None]) -> None:
+    try:
+        work()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 def _answer(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
@@ -346,5 +384,6 @@ async def idle_ended() -> None:
 def _end_all() -> None:
     """Wait, as the library's executors do: what is done there may not be cut off."""
     for worker in list(_workers):
+        worker.kept = 0  # whoever was to end what waits in it has not
         worker.end()
         worker.thread.join()

@@ -38,10 +38,11 @@ class Reader:
         path = os.pathsep.join(
             [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
         )
-        # Not what is set here for our own tests.
-        ours = ("DJANGO_SETTINGS_MODULE", "PYTEST_ADDOPTS", "SECRET_KEY")
+        # Not what is set here for our own tests, nor a plugin that the page installs nowhere.
+        ours = ("DJANGO_SETTINGS_MODULE", "SECRET_KEY")
         self.environment = {name: value for name, value in os.environ.items() if name not in ours}
         self.environment |= {"PATH": path, "PYTHONPATH": str(ROOT), **environment}
+        self.environment["PYTEST_ADDOPTS"] = "-p no:django"
         self.server: subprocess.Popen[bytes] | None = None
         self.log = (folder / "server.log").open("ab")
         self.url = ""

@@ -18,7 +18,7 @@ def found_by(program: str, *arguments: str) -> Any:
         env={**os.environ, "DJANGO_SETTINGS_MODULE": ""},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

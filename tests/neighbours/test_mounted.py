@@ -8,7 +8,7 @@ import pytest
 from tests import pages
 from tests.uvicorn import ROOT, uvicorn
 
-pytestmark = pytest.mark.neighbours
+pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 STARLETTE = ("serving.md", "Inside Starlette or FastAPI")
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.neighbours.running import found_by
 
-pytestmark = pytest.mark.neighbours
+pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from tests import pages
 from tests.neighbours.running import found_by
 
-pytestmark = pytest.mark.neighbours
+pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 SENTRY = ("monitoring.md", "Sentry")
 OPENTELEMETRY = ("monitoring.md", "OpenTelemetry")

@@ -10,7 +10,7 @@ import pytest
 from tests.neighbours.running import found_by
 from tests.uvicorn import uvicorn
 
-pytestmark = pytest.mark.neighbours
+pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

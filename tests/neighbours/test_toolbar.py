@@ -4,7 +4,7 @@ import pytest
 
 from tests.neighbours.running import found_by
 
-pytestmark = pytest.mark.neighbours
+pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 
 def test_it_is_in_each_page_and_counts_the_queries_of_sync_and_async_views():
