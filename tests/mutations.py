@@ -462,11 +462,15 @@ MUTATIONS = [
     ),
     mutation(
         "a scope that is collected open says nothing",
-        ("core/scope", 'if self._state == "open" and self.records:', "if False:"),
+        ("core/scope", '"_state", "new") == "open" and self.records:', '"_state", "new") == "":'),
     ),
     mutation(
-        "it says so though it holds nothing",
-        ("core/scope", 'if self._state == "open" and self.records:', 'if self._state == "open":'),
+        "a scope that is collected open says so though it holds nothing",
+        (
+            "core/scope",
+            '"_state", "new") == "open" and self.records:',
+            '"_state", "new") == "open":',
+        ),
     ),
     mutation(
         "a closed scope sets up all the same",
