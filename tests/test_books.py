@@ -955,8 +955,8 @@ class TestGarbage:
         self, where: str
     ) -> None:
         @request_scoped
-        def tenant() -> str:
-            return "tenant"
+        def tenant() -> object:
+            return object()
 
         @request_scoped
         async def never() -> str:
@@ -985,9 +985,9 @@ class TestGarbage:
                 asyncio.create_task(forgotten(), context=contextvars.Context())  # noqa: RUF006
                 await turns()
                 async with request_scope() as scope:
-                    assert tenant() == "tenant"
+                    found = tenant()
                     gc.collect()
-                    assert tenant() == "tenant"
+                    assert tenant() is found
                     assert what_is_kept(scope) != []
                     assert ended == [True]
             finally:
@@ -1130,6 +1130,20 @@ class TestPatience:
         browser = Connection(ScopedASGIHandler(), "/page")
         await asyncio.wait_for(browser.start(), DEADLINE)
         assert (browser.status, browser.body) == (200, b"ada")
+
+    def test_a_sync_factory_that_waits_for_itself_without_a_trace_is_told_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.05)
+
+        @request_scoped
+        def odd() -> object:
+            return contextvars.Context().run(outside.run, odd)  # as another greenlet might
+
+        with request_scope():
+            outside = contextvars.copy_context()
+            with pytest.raises(AsyncResourceError, match="in this very thread"):
+                odd()
 
 
 class TestWorkIsLinear:
