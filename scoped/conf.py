@@ -25,7 +25,7 @@ from scoped.serving.threads import LentThread
 
 __all__ = ["configure", "problems"]
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "TEARDOWN_TIMEOUT": Scope.teardown_timeout,
     "SLOW_TEARDOWN": Scope.slow_teardown,
     "SHUTDOWN_TIMEOUT": Scope.shutdown_timeout,
@@ -54,12 +54,13 @@ def problems() -> list[tuple[str, str]]:
 
 
 def _correction(key: str, value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not (is_number and value > 0):
+    number: float = value if isinstance(value, int | float) else -1
+    is_number = number is value and not isinstance(value, bool)
+    if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not (is_number and number > 0):
         return "Set it to a number of seconds greater than 0."
-    if key == "LONG_STREAM" and value is not None and not (is_number and value > 0):
+    if key == "LONG_STREAM" and value is not None and not (is_number and number > 0):
         return "Set it to a number of seconds greater than 0, or to None for never."
-    if key == "MAX_IDLE_THREADS" and not (is_number and value >= 0 and value % 1 == 0):
+    if key == "MAX_IDLE_THREADS" and not (is_number and number >= 0 and number % 1 == 0):
         return "Set it to a number of threads, 0 or more."
     return ""
 
@@ -71,7 +72,7 @@ def configure() -> None:
     """
     if found := problems():
         raise ImproperlyConfigured(" ".join(f"{problem} {hint}" for problem, hint in found))
-    values = {**_DEFAULTS, **getattr(settings, "SCOPED", {})}
+    values: dict[str, Any] = {**_DEFAULTS, **getattr(settings, "SCOPED", {})}
     Scope.teardown_timeout = values["TEARDOWN_TIMEOUT"]
     Scope.slow_teardown = values["SLOW_TEARDOWN"]
     Scope.shutdown_timeout = values["SHUTDOWN_TIMEOUT"]

@@ -205,8 +205,8 @@ def _twin_of(response: Any) -> Any:
     For the test: the response itself may be served again, and until the request is finished
     the handler needs it as it is. Not a copy(), which leaves out what cannot be pickled.
     """
-    twin = object.__new__(type(response))
-    vars(twin).update(vars(response))
+    twin = object.__new__(cast("type[HttpResponseBase]", type(response)))
+    vars(twin).update(cast("dict[str, Any]", vars(response)))
     return twin
 
 

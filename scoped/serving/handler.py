@@ -95,7 +95,7 @@ def _seen(get_response: Callable[[Any], Any]) -> Callable[[Any], Any]:
     of a cancellation that a middleware further out answers for. And the page is made in
     the request's thread, as from Django 6.2 on (ticket 36027).
     """
-    if iscoroutinefunction(get_response):
+    if iscoroutinefunction(get_response):  # pyright: ignore[reportDeprecated] (asgiref's is not)
 
         @wraps(get_response)
         async def inner_async(request: Any) -> Any:
