@@ -462,18 +462,14 @@ MUTATIONS = [
     ),
     mutation(
         "a scope that is collected open says nothing",
-        (
-            "core/scope",
-            'if getattr(self, "_state", "new") == "open" and self.records:',
-            "if False:",
-        ),
+        ("core/scope", '"_state", "new") == "open" and self.records:', '"_state", "new") == "":'),
     ),
     mutation(
-        "it says so though it holds nothing",
+        "a scope that is collected open says so though it holds nothing",
         (
             "core/scope",
-            'if getattr(self, "_state", "new") == "open" and self.records:',
-            'if self._state == "open":',
+            '"_state", "new") == "open" and self.records:',
+            '"_state", "new") == "open":',
         ),
     ),
     mutation(

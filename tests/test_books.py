@@ -624,6 +624,41 @@ class TestLifespan:
             assert log == []
         assert log == ["pool"]
 
+    def test_who_comes_when_its_end_is_decided_and_not_begun_has_another(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        is_up, go_on = threading.Event(), threading.Event()
+        real = LifespanScope._end
+
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            found.append(f"pool {len(found) + 1}")
+            yield (value := found[-1])
+            log.append(value)
+
+        def come() -> None:
+            with lifespan_scope():
+                pool()
+                is_up.set()
+                assert go_on.wait(DEADLINE)
+                log.append(f"used {pool()}")
+
+        async def overtaken(self: LifespanScope, failure: BaseException | None) -> None:
+            if not threads:
+                threads.append(in_thread(come, contextvars.Context()))
+                assert is_up.wait(DEADLINE)
+            await real(self, failure)
+
+        monkeypatch.setattr(LifespanScope, "_end", overtaken)
+        found: list[str] = []
+        threads: list[threading.Thread] = []
+        with lifespan_scope():
+            assert pool() == "pool 1"
+        assert log == ["pool 1"]
+        go_on.set()
+        threads[0].join(DEADLINE)
+        assert log == ["pool 1", "used pool 2", "pool 2"]
+
 
 class TestThreadsAtTheMomentOfClosing:
     """Promises 6, 13 and 24: nothing that a thread sets up meanwhile is lost."""
@@ -920,8 +955,8 @@ class TestGarbage:
         self, where: str
     ) -> None:
         @request_scoped
-        def tenant() -> str:
-            return "tenant"
+        def tenant() -> object:
+            return object()
 
         @request_scoped
         async def never() -> str:
@@ -950,9 +985,9 @@ class TestGarbage:
                 asyncio.create_task(forgotten(), context=contextvars.Context())  # noqa: RUF006
                 await turns()
                 async with request_scope() as scope:
-                    assert tenant() == "tenant"
+                    found = tenant()
                     gc.collect()
-                    assert tenant() == "tenant"
+                    assert tenant() is found
                     assert what_is_kept(scope) != []
                     assert ended == [True]
             finally:
@@ -1042,9 +1077,11 @@ class TestSharedContext:
 
         @request_scoped
         async def one() -> str:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(0):
-                    await asyncio.create_task(other())
+            waiting = asyncio.create_task(other())
+            await turns(3)
+            waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await waiting
             go_on.set()
             await turns()
             return "one"
@@ -1093,6 +1130,20 @@ class TestPatience:
         browser = Connection(ScopedASGIHandler(), "/page")
         await asyncio.wait_for(browser.start(), DEADLINE)
         assert (browser.status, browser.body) == (200, b"ada")
+
+    def test_a_sync_factory_that_waits_for_itself_without_a_trace_is_told_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(first_use, "_PATIENCE", 0.05)
+
+        @request_scoped
+        def odd() -> object:
+            return contextvars.Context().run(outside.run, odd)  # as another greenlet might
+
+        with request_scope():
+            outside = contextvars.copy_context()
+            with pytest.raises(AsyncResourceError, match="in this very thread"):
+                odd()
 
 
 class TestWorkIsLinear:
