@@ -116,6 +116,18 @@ async def release(request):
     return StreamingHttpResponse(body())
 
 
+async def long_stream(request):
+    connection = await scoped_db()
+
+    async def body():  # it is not used any more, and nobody else can have it
+        for number in range(1, 6):
+            await asyncio.sleep(0.4)
+            yield f"{number} "
+
+    assert await connection.fetchval("SELECT true")
+    return StreamingHttpResponse(body())
+
+
 async def turns(request):
     await turn()
     await asyncio.sleep(1)

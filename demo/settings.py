@@ -63,6 +63,7 @@ SCOPED = {
     # Stock Django, since 6.1, leaves requests open that nothing ever closes: do not wait for long.
     "SHUTDOWN_TIMEOUT": 1,
     "TEARDOWN_TIMEOUT": 2,  # people look on
+    "LONG_STREAM": 1,
 }
 
 LOGGING = {
@@ -71,7 +72,9 @@ LOGGING = {
     "formatters": {"line": {"format": "%(levelname)s %(name)s: %(message)s"}},
     "filters": {"news": {"()": "demo.stage.logs.WhatIsNews"}},
     "handlers": {
-        "console": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["news"]}
+        "console": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["news"]},
+        "timeline": {"class": "demo.stage.timeline.LongStreams"},
     },
+    "loggers": {"scoped": {"handlers": ["timeline"]}},
     "root": {"handlers": ["console"], "level": "WARNING"},
 }

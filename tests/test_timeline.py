@@ -30,6 +30,7 @@ OURS = [
     ("commit", 500, "failed", "both"),
     ("background", 202, "fine", "both"),
     ("release", 200, "fine", "both"),
+    ("long-stream", 200, "fine", "both"),
     ("turns", 200, "fine", "both"),
     ("setup-fails", 500, "failed", "both"),
     ("teardown-raises", 200, "fine", "both"),
@@ -185,6 +186,17 @@ class TestOurs:
         assert bars(row)["db"]["ended"] is not None
         assert bars(row)["db"]["error"] == ""
         eventually(lambda: page.gauge("scoped", "in_use") == 0)
+
+    def test_a_stream_that_holds_a_connection_for_long_is_said_in_the_row_and_in_the_log(
+        self, page: Page, demo: Demo
+    ) -> None:
+        page.click("/scoped/long-stream")
+        (row,) = page.ended("/scoped/long-stream")
+        assert row["error"] == "db held by a stream that does not need it"
+        assert bars(row)["db"]["ended"] is not None
+        said = "the request GET /scoped/long-stream has been streaming for 1 seconds, and holds"
+        eventually(lambda: said in demo.output or said.replace("GET", "POST") in demo.output)
+        assert "/events has been streaming" not in demo.output
 
     def test_an_open_page_is_a_request_too_and_ends_when_it_is_closed(
         self, page: Page, demo: Demo

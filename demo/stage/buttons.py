@@ -92,6 +92,12 @@ ENDINGS = [
         Listing(resources.db, marks={"yield connection": "given back by release()"}),
     ),
     Ending(
+        "long-stream",
+        "streams for long",
+        endings.long_stream,
+        Listing(resources.db, marks={"yield connection": "held all the while: the log says so"}),
+    ),
+    Ending(
         "turns",
         "takes turns",
         endings.turns,

@@ -29,6 +29,8 @@ def _is_an_end(record: logging.LogRecord) -> bool:
     if record.name == "uvicorn.error":
         return str(record.msg).startswith("Cancel ")
     text = record.getMessage() if record.name == "scoped" else ""
+    if "has been streaming" in text:
+        return "GET /events " in text  # the pages are meant to
     return "still open after" in text and " /stock/" in text and " /scoped/" not in text
 
 

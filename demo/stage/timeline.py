@@ -6,6 +6,7 @@ signals of scoped tell of its resources; stock Django's pool, in pools.py, of it
 reports.py tells the pages. A row is told as a whole, so who misses one catches up with the next.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -224,6 +225,16 @@ def _failed(sender: object, **kwargs: Any) -> None:
         row.error = words(error)
         row.found_none = found_none(error)
         row.change()
+
+
+class LongStreams(logging.Handler):
+    """What ``LONG_STREAM`` has scoped log of a stream is said in its row too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        row = current.get()
+        if row is not None and not row.error and "has been streaming" in str(record.msg):
+            row.error = f"{', '.join(sorted(row.held))} held by a stream that does not need it"
+            row.change()
 
 
 def words(error: BaseException) -> str:
