@@ -440,8 +440,8 @@ MUTATIONS = [
         "what is set up too late is never torn down",
         (
             "core/scope",
-            "            not self.takes(record.resource) and self.take(record)\n        ):\n            return False\n",
-            "            not self.takes(record.resource) and self.take(record)\n        ):\n            record.generator = None\n            return False\n",
+            "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            return False\n",
+            "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            record.generator = None\n            return False\n",
         ),
     ),
     mutation(

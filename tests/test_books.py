@@ -789,9 +789,9 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            async def _stop(self, lifetime: Any) -> BaseException | None:
+            async def stop(self, lifetime: Any) -> BaseException | None:
                 threading.Timer(0.01, go_on.set).start()
-                return await super()._stop(lifetime)
+                return await super().stop(lifetime)
 
         async def of_async_code() -> None:
             async with Closing("the request scope"):
@@ -809,6 +809,63 @@ class TestThreadsAtTheMomentOfClosing:
                 assert begun.wait(DEADLINE)
         threads[0].join(DEADLINE)
         assert log == ["late", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
+    @pytest.mark.parametrize("how", ["released", "set up too late"])
+    def test_what_a_thread_is_tearing_down_goes_before_what_it_uses(
+        self, how: str, kind: str, log: list[str]
+    ) -> None:
+        begun, closing, go_on = threading.Event(), threading.Event(), threading.Event()
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def user() -> Iterator[str]:
+            base()
+            if how == "set up too late":
+                begun.set()
+                assert closing.wait(DEADLINE)
+            try:
+                yield "user"
+            finally:
+                begun.set()
+                assert go_on.wait(DEADLINE)
+                log.append("user")
+
+        def use() -> None:
+            with suppress(ScopeClosedError):
+                user()
+                user.release()
+
+        class Closing(RequestScope):
+            """The thread goes on when this one has begun to close."""
+
+            __slots__ = ()
+
+            async def stop(self, lifetime: Any) -> BaseException | None:
+                closing.set()
+                threading.Timer(0.05, go_on.set).start()
+                return await super().stop(lifetime)
+
+        async def of_async_code() -> None:
+            async with Closing("the request scope"):
+                base()
+                threads.append(in_thread(use, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+
+        threads: list[threading.Thread] = []
+        if kind == "async":
+            asyncio.run(of_async_code())
+        else:
+            with Closing("the request scope"):
+                base()
+                threads.append(in_thread(use, contextvars.copy_context()))
+                assert begun.wait(DEADLINE)
+        threads[0].join(DEADLINE)
+        assert log == ["user", "base"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
     def test_but_no_longer_than_a_teardown_may_take(

@@ -6,6 +6,7 @@ task, it runs in a keeper. A sync factory runs in the thread that asks.
 """
 
 import asyncio
+from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -189,15 +190,14 @@ async def _set_up(record: Record, asked_by: "Resource[Any] | None" = None) -> An
 async def _refuse(record: Record) -> None:
     """What is complete only after the scope has begun to close is torn down at once."""
     scope = record.scope
-    if record.generator is not None:
-        with scope.ending_now(record, None):
-            try:
-                rest = begin_finish(record, scope, record.generator, scope.failure)
-                record.generator = None
-                if rest is not None:
-                    await rest
-            except Exception as error:
-                scope.log(error)  # perhaps nobody waits any more to be told
+    generator, record.generator = record.generator, None
+    with scope.ending_now(record, None):
+        try:
+            rest = generator and begin_finish(record, scope, generator, scope.failure)
+            if rest is not None:
+                await rest
+        except Exception as error:
+            scope.log(error)  # perhaps nobody waits any more to be told
     raise scope.closed_error(record.resource)
 
 
@@ -375,19 +375,18 @@ def _start(context: "Context", resource: "Resource[Any]") -> tuple[Any, Any]:
 
 def _refuse_sync(record: Record) -> None:
     scope, place = record.scope, record.place
-    if record.generator is not None:
-        generator, record.generator = record.generator, None
-        finish = record.resource.factory.finish
+    generator, record.generator = record.generator, None
+    finish = partial(record.resource.factory.finish, generator, scope.failure)
+    with scope.ending_now(record, None):
         try:
-            if isinstance(place, Thread):
-                if place.way is None:
-                    place.context.run(finish, generator, scope.failure)
-                else:
-                    place.finish_in_thread(
-                        lambda: place.context.run(finish, generator, scope.failure)
-                    ).result()
+            if generator is None:
+                pass
+            elif not isinstance(place, Thread):
+                finish()
+            elif place.way is None:
+                place.context.run(finish)
             else:
-                finish(generator, scope.failure)
+                place.finish_in_thread(partial(place.context.run, finish)).result()
         except Exception as error:
             scope.log(error)
     raise scope.closed_error(record.resource)

@@ -87,8 +87,9 @@ class _Release:
                         problems.append(error)
                         return
                 version, users = scope.version, self.users()
-            if scope.take(record := users.pop()):
+            if scope.take_and_tell(record := users.pop(), self.released_by):
                 yield record
+                scope.told_of_end(record)
 
     def users(self) -> list[Record]:
         """What is to go when it goes, itself the first, in the order of completion."""

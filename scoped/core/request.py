@@ -62,7 +62,7 @@ class RequestScope(Scope):
         ):
             return
         problems: list[BaseException] = []
-        if self._is_busy() and (cancellation := await self._stop(Lifetime.RESPONSE)):
+        if self._is_busy() and (cancellation := await self.stop(Lifetime.RESPONSE)):
             problems.append(cancellation)
         await end_all(self, Lifetime.RESPONSE, self.failure, problems)
         if problems:

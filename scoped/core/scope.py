@@ -186,7 +186,7 @@ class Scope:
             self.version += 1
         # Looked at when it is in: either the teardown finds it, or this finds the scope closed.
         if (self._state != "open" or self.has_responded) and (
-            not self.takes(record.resource) and self.take(record)
+            not self.takes(record.resource) and self.take_and_tell(record)
         ):
             return False
         if record.waiters is not None:
@@ -215,6 +215,27 @@ class Scope:
             del self.records[record.resource]
         return True
 
+    def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+        """
+        As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
+        for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
+        """
+        if self.ending is None:
+            with _lock:
+                if self.ending is None:
+                    self.ending = {}
+        self.ending[record] = released_by
+        if self.take(record):
+            return True
+        if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
+            self.told_of_end(record)
+        return False
+
+    def told_of_end(self, record: Record) -> None:
+        """Its teardown is over."""
+        if self.ending is not None:
+            self.ending.pop(record, None)
+
     @contextmanager
     def ending_now(self, record: Record, released_by: Record | None) -> Generator[None]:
         """While it is being torn down: others wait for that, but not its own code."""
@@ -226,7 +247,7 @@ class Scope:
         try:
             yield
         finally:
-            del self.ending[record]
+            self.told_of_end(record)
 
     def closed_error(self, resource: "Resource[Any]") -> ScopeClosedError:
         if not (self.has_responded and resource.lifetime is Lifetime.RESPONSE):
@@ -339,7 +360,7 @@ class Scope:
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if self._is_busy() and (cancellation := await self._stop(Lifetime.LIFESPAN)):
+            if self._is_busy() and (cancellation := await self.stop(Lifetime.LIFESPAN)):
                 problems.append(cancellation)
             await end_all(self, Lifetime.LIFESPAN, failure, problems)
         self._let_go(failure)
@@ -363,7 +384,7 @@ class Scope:
                 return True
         return False
 
-    async def _stop(self, lifetime: Lifetime) -> BaseException | None:
+    async def stop(self, lifetime: Lifetime) -> BaseException | None:
         """Let set-ups, and what is being released, come to their end."""
         if self.sync_only or running_loop() is None:
             stop_set_ups_sync(self, lifetime)

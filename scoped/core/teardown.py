@@ -135,6 +135,9 @@ async def end_all(
                 rest = begin_end(record, failure, problems)
                 if rest is not None:
                     await rest
+            # Another thread has it: what it uses goes after it.
+            elif (cancellation := await scope.stop(lifetime)) is not None:
+                problems.append(cancellation)
 
 
 def _order(record: Record) -> tuple[int, int]:
