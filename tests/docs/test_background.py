@@ -98,7 +98,7 @@ def test_without_an_event_loop_it_says_so(modules):
 async def test_after_the_response_comes_after_the_commit(modules):
     with urls(path("", modules.orders.order)):
         async with AsyncClient() as client:
-            assert (await client.get("/", {"user": "ada"})).content == b"Ordered"
+            assert (await client.post("/", {"user": "ada"})).content == b"Ordered"
     assert log == ["insert ada", "commit", "+db", "Welcome, ada", "-db"]
 
 

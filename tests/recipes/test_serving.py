@@ -10,6 +10,7 @@ from django.test import override_settings
 from django.urls import path
 
 from scoped import inspect, lifespan_scoped
+from scoped.core.lifespan import lifespans
 from tests.docs.project import urls
 from tests.recipes.conftest import lifespan
 
@@ -43,7 +44,7 @@ async def test_static_files_and_views_from_one_application(recipe, serve, notes,
         application = project.asgi.application
         async with serve(path("", project.views.post), application=application) as site:
             assert (await site.get("/static/site.css")).body == b"body {}"
-            assert (await site.get("/?text=one")).status == 204
+            assert (await site.post("/", text="one")).status == 204
             pool = await project.resources.pool()
         assert pool.is_closing(), "the lifespan reached our handler"
     assert await notes() == ["one"]
@@ -143,6 +144,8 @@ def test_lambda_keeps_what_is_lifespan_scoped(recipe, mode):
                 assert (answer["statusCode"], body) == (200, "pool"), json.dumps(answer)
         assert log == (["set up"] if mode == "off" else ["set up", "torn down"] * 2)
     finally:
+        if lifespan := lifespans.get(loop):  # kept for the next call, until the process ends
+            loop.run_until_complete(lifespan.close())
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
         asyncio.set_event_loop(None)
