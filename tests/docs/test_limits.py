@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import sys
 import threading
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -15,11 +16,18 @@ from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpResponse
 from django.urls import path
 
-from scoped import ScopeClosedError, request_scope, request_scoped
+from scoped import (
+    ScopeClosedError,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+)
 from scoped.asgi import ScopedASGIHandler
 from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
 from tests.docs.project import its_leaks_ignored, urls
+from tests.slowness import within
 from tests.wsgi_server import call, environ
 
 CANCELLATIONS = ("limits.md", "Cancellations that get lost")
@@ -323,3 +331,33 @@ async def test_what_is_logged_has_the_path_and_no_query(serve, caplog):
 async def test_a_scope_says_no_more_of_itself():
     async with request_scope() as scope:
         assert str(scope) == "the request scope"
+
+
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_without_an_event_loop_who_ends_a_lifespan_that_nobody_opened_ends_what_it_holds(is_opened):
+    seen = []
+
+    @lifespan_scoped
+    def cache():
+        seen.append(threading.get_ident())
+        yield "cache"
+        seen.append(threading.get_ident())
+
+    def use(set_up, go_on):
+        with request_scope():
+            assert cache() == "cache"
+            set_up.set()
+            assert go_on.wait(within(10))
+
+    with lifespan_scope() if is_opened else nullcontext():
+        set_up, go_on = threading.Event(), threading.Event()
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(use, set_up, go_on))
+        thread.start()
+        assert set_up.wait(within(10))
+        with request_scope():
+            assert cache() == "cache"
+            go_on.set()
+            thread.join()
+    assert len(seen) == 2
+    assert (seen[0] == seen[1]) is is_opened
