@@ -33,12 +33,14 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler
 from scoped.core import first_use
+from scoped.core.current import current
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.place import thread_here
 from scoped.core.record import HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
+from scoped.core.waits import run_without_loop
 from scoped.testing import AsyncClient
 from tests.connection import Connection
 from tests.tables import under_way, what_is_kept
@@ -1308,3 +1310,55 @@ class TestWorkIsLinear:
                 assert all(record.state == HELD for record in scope.records.values())
 
         asyncio.run(work())
+
+
+async def test_a_record_that_is_gone_keeps_nothing() -> None:
+    """Promise 14: the Context of a task that its factory has left running holds it for ever."""
+    contexts: list[contextvars.Context] = []
+
+    @request_scoped
+    async def base() -> AsyncIterator[str]:
+        yield "base"
+
+    @request_scoped
+    async def user() -> AsyncIterator[str]:
+        await base()
+        contexts.append(contextvars.copy_context())
+        yield "user"
+
+    async with request_scope():
+        await user()
+        await asyncio.create_task(user())
+    record = contexts[0].run(current.get)
+    assert isinstance(record, Record)
+    assert (record.generator, record.place, record.uses, record.needs) == (None,) * 4
+    assert not record.waiters
+    assert not hasattr(record, "value")
+
+
+def test_a_thread_that_a_factory_has_started_may_close_the_scope(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is a part of that set-up, and so does not wait for it."""
+    monkeypatch.setattr(Scope, "teardown_timeout", DEADLINE)
+
+    @request_scoped
+    def base() -> Iterator[str]:
+        yield "base"
+
+    @request_scoped
+    def user() -> str:
+        base()
+        closing = in_thread(partial(run_without_loop, scope.close()), contextvars.copy_context())
+        closing.join(DEADLINE / 2)
+        ended.append(not closing.is_alive())
+        return "user"
+
+    def ask() -> None:
+        with pytest.raises(ScopeClosedError):
+            user()
+
+    ended: list[bool] = []
+    with request_scope() as scope:
+        in_thread(ask, contextvars.copy_context()).join()
+    assert ended == [True]
