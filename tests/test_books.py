@@ -1362,3 +1362,24 @@ def test_a_thread_that_a_factory_has_started_may_close_the_scope(
     with request_scope() as scope:
         in_thread(ask, contextvars.copy_context()).join()
     assert ended == [True]
+
+
+async def test_a_factory_that_some_child_asked_for_may_close_the_scope(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Scope, "teardown_timeout", DEADLINE)
+
+    @request_scoped
+    async def base() -> AsyncIterator[str]:
+        yield "base"
+
+    @request_scoped
+    async def user() -> str:
+        await base()
+        await scope.close()
+        return "user"
+
+    async with request_scope() as scope:
+        async with asyncio.timeout(DEADLINE / 2):
+            with pytest.raises(ScopeClosedError):
+                await asyncio.create_task(user())
