@@ -50,8 +50,10 @@ def test_a_teardown_that_fails_after_the_last_byte_is_an_event_of_its_request(fo
 
 def test_a_thousand_requests_leave_nothing_behind(found):
     # An event processor more for each, and each with its request, without Sentry's isolation.
-    assert found["scoped"]["processors"] == found["stock"]["processors"] <= 5
-    assert found["scoped"]["requests left"] == found["stock"]["requests left"] <= 5
+    # A few are there with stock Django too: the last ones, which threads and clients still hold.
+    for side in ("scoped", "stock"):
+        assert found[side]["processors"] <= 5
+        assert found[side]["requests left"] <= 5
 
 
 async def test_under_uvicorn_twenty_requests_at_once_are_twenty_transactions_each_with_its_tag():
