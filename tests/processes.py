@@ -54,6 +54,11 @@ def descendants(pid: int) -> list[int]:
     return children + [below for child in children for below in descendants(child)]
 
 
+# What a process ends with after Ctrl-C. By the signal itself, where that came while Python ran a
+# class's generated source: it then takes the KeyboardInterrupt for unhandled, whoever handles it.
+BY_CTRL_C = (0, 130, -signal.SIGINT)
+
+
 class Demo:
     """
     ``python -m demo`` while the ``with`` lasts. Like a shell's, its process has a

@@ -21,6 +21,7 @@ from demo.__main__ import address_of, describe, listen
 from demo.servers import Server
 from demo.stage.reports import BEHIND, PAGES, News, TooManyPagesError
 from tests.processes import (
+    BY_CTRL_C,
     WITHOUT_DEV_MODE,
     Demo,
     Visitor,
@@ -307,7 +308,7 @@ class TestUnderLoad:
                 eventually(lambda: page.gauge("pages") == 1 and page.settled())
             # The pool's own view: it does not close before every connection is back.
             demo.process.terminate()
-            assert demo.process.wait(within(10)) in (0, 130)
+            assert demo.process.wait(within(10)) in BY_CTRL_C
             assert "ERROR" not in demo.output
         assert idle_connections(postgres_url) == before
 
@@ -363,7 +364,7 @@ class TestItsProcess:
             assert len(servers) > len(folders)
             started = time.monotonic()
             demo.press_ctrl_c()
-            assert demo.process.wait(within(10)) in (0, 130)
+            assert demo.process.wait(within(10)) in BY_CTRL_C
             assert time.monotonic() - started < within(5)
             assert "Traceback" not in demo.output
             assert "ERROR" not in demo.output
@@ -384,7 +385,7 @@ class TestItsProcess:
             for number in signals:
                 demo.process.send_signal(number)
                 time.sleep(0.3)  # pressed, and pressed again; whichever state that meets
-            assert demo.process.wait(within(10)) in (0, 130)
+            assert demo.process.wait(within(10)) in BY_CTRL_C
             assert time.monotonic() - started < within(5)
             assert "Traceback" not in demo.output
 
@@ -400,7 +401,7 @@ class TestItsProcess:
                     demo.process.terminate()
                     list(lines)  # to its end, which it says itself
                     assert click.result().status_code == 200
-            assert demo.process.wait(within(10)) in (0, 130)
+            assert demo.process.wait(within(10)) in BY_CTRL_C
             assert "ERROR" not in demo.output
 
     def test_killed_it_leaves_no_server_and_no_data(self) -> None:
@@ -481,7 +482,7 @@ class TestItsProcess:
             assert demo.output.splitlines() == ["Starting PostgreSQL and Redis ..."]
             servers = descendants(demo.process.pid)
             demo.press_ctrl_c()
-            assert demo.process.wait(within(30)) in (0, 130)
+            assert demo.process.wait(within(30)) in BY_CTRL_C
             assert "Traceback" not in demo.output
             assert "ERROR" not in demo.output
             eventually(lambda: not any(map(is_alive, servers)), 30)
