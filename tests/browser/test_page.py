@@ -35,6 +35,7 @@ SAID = {
     "commit": ("given back after", "500 · .*likes_message_id_fkey.* · and there is no row"),
     "background": ("held nothing", "202"),
     "release": ("given back after", "200"),
+    "long-stream": ("given back after", "200 · db held by a stream that does not need it"),
     "turns": ("given back after", "200"),
     "setup-fails": ("given back after", "500 · refused: The set-up raises."),
     "teardown-raises": ("given back after", "200 · careless: The teardown raises."),
