@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # A test whose module has one of these may start a process.
 PROCESSES = {"subprocess", "uvicorn", "Demo", "Project", "start_redis", "CHECKERS"}
-RUN_APART = ("servers", "faults", "demo", "browser", "fuzz")
+RUN_APART = ("servers", "faults", "demo", "browser", "neighbours", "fuzz")
 
 
 def is_fast(item: pytest.Item) -> bool:
