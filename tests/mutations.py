@@ -616,15 +616,15 @@ MUTATIONS = [
         "a circle is looked for before it is noted",
         (
             "core/record",
-            "        self.needs[waiter] = other\n        if other.needs and (circle := other.way_to(self)):\n            self.needs.pop(waiter, None)\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n",
-            "        if other.needs and (circle := other.way_to(self)):\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n        __import__('time').sleep(0.0001)\n        self.needs[waiter] = other\n",
+            "        needs[waiter] = other\n        if other.needs and (circle := other.way_to(self)):\n            needs.pop(waiter, None)\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n",
+            "        if other.needs and (circle := other.way_to(self)):\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n        __import__('time').sleep(0.0001)\n        needs[waiter] = other\n",
         ),
     ),
     mutation(
         "what is not waited for any more is still looked at for a circle",
         (
             "core/record",
-            "    def got(self, waiter: object) -> None:\n        if self.needs is not None:\n",
+            "    def got(self, waiter: object) -> None:\n        if (needs := self.needs) is not None:\n",
             "    def got(self, waiter: object) -> None:\n        if False:\n",
         ),
     ),
@@ -860,7 +860,7 @@ MUTATIONS = [
         "what has used a resource outlives its release",
         (
             "core/release",
-            "            if record.uses and not gone.isdisjoint(list(record.uses)):\n                gone.add(record)\n",
+            "            if not gone.isdisjoint(record.used):\n                gone.add(record)\n",
             "            if False:\n                gone.add(record)\n",
         ),
     ),
@@ -905,7 +905,7 @@ MUTATIONS = [
         "a release does not see what is being set up",
         (
             "core/release",
-            "                and not gone.isdisjoint(list(record.uses))\n",
+            "                and not gone.isdisjoint(record.used)\n",
             "                and False\n",
         ),
     ),

@@ -261,6 +261,7 @@ def test_a_scope_that_closes_meanwhile_tears_down_what_was_set_up_and_refuses_th
         with request_scope() as scope:
             closing = partial(waiting.run_without_loop, scope.close())
             outcomes = at_once(threads, closing, *asked)
+        assert outcomes[0] == (None, None)
         for value, error in outcomes[1:]:
             assert isinstance(value, Thing) or isinstance(error, ScopeClosedError), error
             refused += error is not None

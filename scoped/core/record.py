@@ -122,29 +122,34 @@ class Record:
     # Who asks for what
 
     def use(self, other: "Record") -> None:
-        if self.uses is None:
+        if (uses := self.uses) is None:
             with _lock:
-                if self.uses is None:
-                    self.uses = {}
-        self.uses[other] = None
+                if (uses := self.uses) is None:
+                    uses = self.uses = {}
+        uses[other] = None
+
+    @property
+    def used(self) -> "list[Record]":
+        """As it is now: another thread may go on with it, or be done."""
+        return list(self.uses or ())
 
     def need(self, other: "Record", waiter: object) -> None:
         """
         Its factory waits for the other. Raises CircularResourceError where that one waits
         for this; noted before the look, so that of two threads which close a circle one sees it.
         """
-        if self.needs is None:
+        if (needs := self.needs) is None:
             with _lock:
-                if self.needs is None:
-                    self.needs = {}
-        self.needs[waiter] = other
+                if (needs := self.needs) is None:
+                    needs = self.needs = {}
+        needs[waiter] = other
         if other.needs and (circle := other.way_to(self)):
-            self.needs.pop(waiter, None)
+            needs.pop(waiter, None)
             raise CircularResourceError([step.resource for step in [self, *circle]])
 
     def got(self, waiter: object) -> None:
-        if self.needs is not None:
-            self.needs.pop(waiter, None)
+        if (needs := self.needs) is not None:
+            needs.pop(waiter, None)
 
     def way_to(self, goal: "Record") -> "list[Record] | None":
         """The records that wait for each other from this one to the goal, if they do."""

@@ -97,7 +97,7 @@ class _Release:
         records.sort(key=lambda record: record.number)
         gone: set[Record] = {self.wanted}
         for record in records:  # a user is complete after what it uses
-            if record.uses and not gone.isdisjoint(list(record.uses)):
+            if not gone.isdisjoint(record.used):
                 gone.add(record)
         return [record for record in records if record in gone]
 
@@ -110,8 +110,7 @@ class _Release:
         for record in list(self.scope.records.values()):
             if (
                 record.state == STARTING
-                and record.uses
-                and not gone.isdisjoint(list(record.uses))
+                and not gone.isdisjoint(record.used)
                 # A factory may release what it has used, itself or in a child task.
                 and not (asker is not None and record.way_to(asker) is not None)
             ):

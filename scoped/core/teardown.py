@@ -203,12 +203,11 @@ def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
         record
         for record in list(scope.records.values())
         if record.state == STARTING
-        and record.uses
-        and isinstance(record.place, Thread)
-        and record.place.ident != get_ident()
+        and isinstance(place := record.place, Thread)
+        and place.ident != get_ident()
         and record.resource.lifetime <= lifetime
         and not _leads_to(record, here)
-        and any(used.state in (HELD, STARTING) for used in list(record.uses))
+        and any(used.state in (HELD, STARTING) for used in record.used)
     ]
 
 
