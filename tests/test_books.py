@@ -1332,6 +1332,7 @@ async def test_a_record_that_is_gone_keeps_nothing() -> None:
     record = contexts[0].run(current.get)
     assert isinstance(record, Record)
     assert (record.generator, record.place, record.uses, record.needs) == (None,) * 4
+    assert record.used == []
     assert not record.waiters
     assert not hasattr(record, "value")
 
