@@ -79,4 +79,6 @@ class Watch(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if record.name == "scoped" and error is not None and is_expected(error):
             return
+        if record.name == "asyncio" and "unexpected connection_lost() call" in str(error):
+            return  # asyncpg's, of a server that is killed in the midst of an authentication
         ledger.violate(f"logged by {record.name}: {record.getMessage()[:300]} {error!r}")
