@@ -899,7 +899,11 @@ MUTATIONS = [
     ),
     mutation(
         "the response does not wait for a release",
-        ("core/request", "if not self.ending and not any(", "if not any("),
+        (
+            "core/request",
+            "if not self.ending and not self.has_boundary:",
+            "if not self.has_boundary:",
+        ),
     ),
     mutation(
         "a release does not see what is being set up",

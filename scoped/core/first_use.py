@@ -191,7 +191,7 @@ async def _refuse(record: Record) -> None:
     """What is complete only after the scope has begun to close is torn down at once."""
     scope = record.scope
     generator, record.generator = record.generator, None
-    with scope.ending_now(record, None):
+    with scope.ending_now(record):
         try:
             rest = generator and begin_finish(record, scope, generator, scope.failure)
             if rest is not None:
@@ -377,7 +377,7 @@ def _refuse_sync(record: Record) -> None:
     scope, place = record.scope, record.place
     generator, record.generator = record.generator, None
     finish = partial(record.resource.factory.finish, generator, scope.failure)
-    with scope.ending_now(record, None):
+    with scope.ending_now(record):
         try:
             if generator is None:
                 pass

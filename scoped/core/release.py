@@ -65,7 +65,7 @@ class _Release:
         problems: list[BaseException] = []
         self.check()  # before anything changes
         for record in self.last_users_first(problems):
-            rest = begin_end(record, None, problems, self.released_by)
+            rest = begin_end(record, None, problems)
             if rest is not None:
                 await rest
         if problems:

@@ -41,6 +41,12 @@ class RequestScope(Scope):
         """Whether there is anything to tear down, to wait for or to leave."""
         return self.records or self.ending or self.lifespan
 
+    @property
+    def has_boundary(self) -> bool:
+        """Whether anything in it lives until the response."""
+        records = list(self.records.values())
+        return any(record.resource.lifetime is Lifetime.RESPONSE for record in records)
+
     def check_response(self, resource: "Resource[Any]") -> None:
         if not self.tells_of_response:
             raise NoScopeError(
@@ -57,9 +63,7 @@ class RequestScope(Scope):
         Raises as ``close()`` does.
         """
         self.has_responded = True
-        if not self.ending and not any(
-            record.resource.lifetime is Lifetime.RESPONSE for record in list(self.records.values())
-        ):
+        if not self.ending and not self.has_boundary:
             return
         problems: list[BaseException] = []
         if self._is_busy() and (cancellation := await self.stop(Lifetime.RESPONSE)):

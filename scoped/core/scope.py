@@ -220,11 +220,7 @@ class Scope:
         As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
         for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
         """
-        if self.ending is None:
-            with _lock:
-                if self.ending is None:
-                    self.ending = {}
-        self.ending[record] = released_by
+        self._table_of_ending()[record] = released_by
         if self.take(record):
             return True
         if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
@@ -236,14 +232,17 @@ class Scope:
         if self.ending is not None:
             self.ending.pop(record, None)
 
-    @contextmanager
-    def ending_now(self, record: Record, released_by: Record | None) -> Generator[None]:
-        """While it is being torn down: others wait for that, but not its own code."""
-        if self.ending is None:
+    def _table_of_ending(self) -> dict[Record, Record | None]:
+        if (ending := self.ending) is None:
             with _lock:
-                if self.ending is None:
-                    self.ending = {}
-        self.ending[record] = released_by
+                if (ending := self.ending) is None:
+                    ending = self.ending = {}
+        return ending
+
+    @contextmanager
+    def ending_now(self, record: Record) -> Generator[None]:
+        """While it is being torn down: others wait for that, but not its own code."""
+        self._table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
         try:
             yield
         finally:

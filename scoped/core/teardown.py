@@ -35,7 +35,6 @@ def begin_end(
     record: Record,
     failure: BaseException | None,
     problems: list[BaseException],
-    released_by: Record | None = None,
 ) -> Awaitable[None] | None:
     """
     Begin to tear down a record that has been taken. Returns what is to be awaited for the rest,
@@ -67,7 +66,7 @@ def begin_end(
             _restore(record, outer)
         _ended(record, began, None, problems)
         return None
-    return _end(record, rest, began, problems, (released_by, outer))
+    return _end(record, rest, began, problems, outer)
 
 
 def _restore(record: Record, outer: "Scope | Record") -> None:
@@ -80,10 +79,9 @@ async def _end(
     rest: Awaitable[None],
     began: float,
     problems: list[BaseException],
-    around: "tuple[Record | None, Scope | Record | None]",
+    outer: "Scope | Record | None",
 ) -> None:
-    released_by, outer = around
-    with record.scope.ending_now(record, released_by):
+    with record.scope.ending_now(record):
         raised: BaseException | None = None
         try:
             await rest

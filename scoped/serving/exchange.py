@@ -24,7 +24,6 @@ from django.utils.module_loading import import_string
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.resource import Lifetime
 from scoped.core.waits import hop
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
 from scoped.serving.background import begin_waiting, drop_waiting
@@ -205,7 +204,7 @@ class Exchange:
         try:
             self.response = await self.handler.run_get_response(request)
             if scope is not None:
-                if self.thread is not None and self.thread.is_busy and _has_boundary(scope):
+                if self.thread is not None and self.thread.is_busy and scope.has_boundary:
                     await sync_code_ended(self.thread, scope)
                 await scope.end_response()
                 begin_waiting(scope)
@@ -397,12 +396,6 @@ class Exchange:
 
 
 def _nothing() -> None: ...
-
-
-def _has_boundary(scope: RequestScope) -> bool:
-    """Whether anything in it lives until the response."""
-    records = list(scope.records.values())
-    return any(record.resource.lifetime is Lifetime.RESPONSE for record in records)
 
 
 # Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
