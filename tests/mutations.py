@@ -343,8 +343,8 @@ MUTATIONS = [
         "the way back to a thread is kept for ever",
         (
             "core/place",
-            "                done.set_result(None)\n        self.way.let_go()\n",
-            "                done.set_result(None)\n",
+            "            do_for(done, finish_there)\n        self.way.let_go()\n",
+            "            do_for(done, finish_there)\n",
         ),
         (
             "core/place",

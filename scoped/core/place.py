@@ -20,7 +20,7 @@ from scoped.core.current import current
 from scoped.core.deadline import finish_in_time, warn_if_slow
 from scoped.core.errors import teardown_timed_out
 from scoped.core.record import STARTING, Record
-from scoped.core.waits import hop, outlast
+from scoped.core.waits import do_for, hop, outlast
 
 if TYPE_CHECKING:
     from scoped.core.scope import Scope
@@ -180,12 +180,7 @@ class Thread:
         try:
             done = self.way.submit(finish_there)
         except RuntimeError:  # the thread has ended, with the process, say: then here
-            try:
-                finish_there()
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+            do_for(done, finish_there)
         self.way.let_go()
         return done
 
@@ -220,12 +215,7 @@ class OwnThread:
         vars(SyncToAsync.threadlocal).update(self.belongs_to)
         while (item := self.work.get()) is not None:
             work, done = item
-            try:
-                work()
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+            do_for(done, work)
             del work, done, item
 
     def keep(self) -> None: ...

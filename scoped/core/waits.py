@@ -14,6 +14,7 @@ from asgiref.sync import AsyncToSync, sync_to_async
 __all__ = [
     "ForkSafeLock",
     "current_task",
+    "do_for",
     "hop",
     "outlast",
     "run_without_loop",
@@ -133,6 +134,16 @@ def _ended_late(task: "asyncio.Task[None]") -> None:
         logger.error("In the thread for sync code, late: %r", error, exc_info=error)
 
 
+def do_for(done: "Future[None]", work: Callable[[], None]) -> None:
+    """Do it, and tell who waits in another thread how it went."""
+    try:
+        work()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+
+
 async def _hop(work: Callable[[], None]) -> None:
     claims = [work]  # whoever takes it does it: asgiref may be asked twice, and may do both
     done: Future[None] = Future()
@@ -142,12 +153,7 @@ async def _hop(work: Callable[[], None]) -> None:
             claimed = claims.pop()
         except IndexError:
             return
-        try:
-            claimed()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+        do_for(done, claimed)
 
     while claims:
         try:

@@ -41,7 +41,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
 from scoped.core.place import thread_here
 from scoped.core.scope import Scope
-from scoped.core.waits import outlast
+from scoped.core.waits import do_for, outlast
 
 __all__ = ["LentThread", "end_idle", "idle_ended", "tidy"]
 
@@ -106,7 +106,7 @@ class _Worker:
         if not self.thread.is_alive():
             raise RuntimeError(f"{self.thread.name} has ended")
         done: Future[None] = Future()
-        self.give(partial(_do_for, done, work))
+        self.give(partial(do_for, done, work))
         return done
 
     def _run(self) -> None:
@@ -139,15 +139,6 @@ class _Worker:
         finally:
             del work, future, failure  # no cycle with this frame
         return True
-
-
-def _do_for(done: "Future[None]", work: Callable[[], None]) -> None:
-    try:
-        work()
-    except BaseException as error:
-        done.set_exception(error)
-    else:
-        done.set_result(None)
 
 
 def _answer(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
