@@ -34,8 +34,10 @@ def _download(version: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
     # The tests of a later Django are wanted too, one that may not run on this Python.
     command += ["--no-deps", "--no-binary", "django", "--ignore-requires-python"]
+    # What is said of the Django to install does not hold for the one to read.
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     try:
-        subprocess.run([*command, f"django=={version}"], check=True)
+        subprocess.run([*command, f"django=={version}"], check=True, env=environment)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"pip could not download the source of Django {version}.") from error
     [archive] = folder.glob("*.tar.gz")
