@@ -298,7 +298,7 @@ MUTATIONS = [
     mutation(
         "several may take what is to be torn down",
         (
-            "core/scope",
+            "core/books",
             "        try:\n            del record.value\n        except AttributeError:\n            return False\n        record.state = ENDING\n",
             "        if record.state != HELD:\n            return False\n        __import__('time').sleep(0.0001)\n        record.state = ENDING\n        with __import__('contextlib').suppress(AttributeError):\n            del record.value\n",
         ),
@@ -331,7 +331,7 @@ MUTATIONS = [
         "a lifespan's sync generator ends in any thread",
         (
             "core/first_use",
-            "    if not resource.factory.is_generator or resource.lifetime is not Lifetime.LIFESPAN:\n",
+            "    if not resource.factory.is_generator or resource.lifetime is not LIFESPAN:\n",
             "    if True:\n",
         ),
     ),
@@ -392,8 +392,8 @@ MUTATIONS = [
         "set-ups under way are not stopped",
         (
             "core/scope",
-            "BaseException | None = await stop_set_ups(self, lifetime)\n",
-            "BaseException | None = None\n",
+            "if (cancellation := await stop_set_ups(self, lifetime)) is not None:\n",
+            "if (cancellation := None) is not None:\n",
         ),
     ),
     mutation(
@@ -439,7 +439,7 @@ MUTATIONS = [
     mutation(
         "what is set up too late is never torn down",
         (
-            "core/scope",
+            "core/books",
             "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            return False\n",
             "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            record.generator = None\n            return False\n",
         ),
@@ -475,7 +475,7 @@ MUTATIONS = [
     mutation(
         "a closed scope sets up all the same",
         (
-            "core/scope",
+            "core/books",
             "if not self.takes(resource) and (record is None or record.state != HELD):",
             "if False:",
         ),
@@ -551,7 +551,7 @@ MUTATIONS = [
     mutation(
         "a set-up that has failed stays behind",
         (
-            "core/scope",
+            "core/books",
             "        if self.records.get(record.resource) is record:\n            del self.records[record.resource]\n        record.state = GONE\n",
             "        record.state = GONE\n",
         ),
@@ -639,7 +639,7 @@ MUTATIONS = [
     mutation(
         "threads do not wait for each other's set-ups",
         (
-            "core/scope",
+            "core/books",
             "            record = self.records.setdefault(resource, new)\n",
             "            record = self.records[resource] = new\n",
         ),
@@ -739,8 +739,8 @@ MUTATIONS = [
         "all ends with the response",
         (
             "core/request",
-            "        await end_all(self, Lifetime.RESPONSE, self.failure, problems)\n",
-            "        await end_all(self, Lifetime.REQUEST, self.failure, problems)\n",
+            "        for rest in end_all(self, RESPONSE, self.failure, problems):\n",
+            "        for rest in end_all(self, REQUEST, self.failure, problems):\n",
         ),
     ),
     mutation(
@@ -830,15 +830,15 @@ MUTATIONS = [
     mutation(
         "a stream may set up anew what ended with the response",
         (
-            "core/scope",
-            "            self.has_responded and resource.lifetime is Lifetime.RESPONSE\n        )\n\n    def begin",
-            "            False\n        )\n\n    def begin",
+            "core/books",
+            "return self.is_open and not (self.has_responded and resource.lifetime is RESPONSE)",
+            "return self.is_open",
         ),
     ),
     mutation(
         "a resource may ask for what does not live as long",
         (
-            "core/scope",
+            "core/books",
             "if asker is not None and asker.resource.lifetime > resource.lifetime:",
             "if False:",
         ),
@@ -871,7 +871,7 @@ MUTATIONS = [
     mutation(
         "one that found it set up already is not known to use it",
         (
-            "core/scope",
+            "core/books",
             "            asker.use(record)\n",
             "            if is_new:\n                asker.use(record)\n",
         ),
@@ -893,8 +893,8 @@ MUTATIONS = [
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (
             "core/scope",
-            "            else:\n                break\n        return cancellation\n",
-            "            break\n        return cancellation\n",
+            "                problems.append(error)\n            else:\n                break\n",
+            "                problems.append(error)\n            break\n",
         ),
     ),
     mutation(
@@ -932,7 +932,7 @@ MUTATIONS = [
     mutation(
         "a release does not look anew at who has come to use it",
         (
-            "core/scope",
+            "core/books",
             "            asker.use(record)\n            if self.ending is not None:\n                self.version += 1\n",
             "            asker.use(record)\n",
         ),
@@ -940,7 +940,7 @@ MUTATIONS = [
     mutation(
         "a release does not look anew at what was set up meanwhile",
         (
-            "core/scope",
+            "core/books",
             "        record.state = HELD\n        if self.ending is not None:\n            self.version += 1\n",
             "        record.state = HELD\n",
         ),
@@ -1133,8 +1133,8 @@ MUTATIONS = [
         ),
         (
             "core/first_use",
-            "return await _set_up(record, asker.resource)",
-            "return await _set_up(record)",
+            "        asked_by = asker.resource\n",
+            "",
         ),
     ),
 ]

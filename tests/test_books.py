@@ -791,9 +791,9 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            async def stop(self, lifetime: Any) -> BaseException | None:
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
                 threading.Timer(0.01, go_on.set).start()
-                return await super().stop(lifetime)
+                await super().stop(lifetime, problems)
 
         async def of_async_code() -> None:
             async with Closing("the request scope"):
@@ -847,10 +847,10 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            async def stop(self, lifetime: Any) -> BaseException | None:
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
                 closing.set()
                 threading.Timer(0.05, go_on.set).start()
-                return await super().stop(lifetime)
+                await super().stop(lifetime, problems)
 
         async def of_async_code() -> None:
             async with Closing("the request scope"):
