@@ -26,6 +26,8 @@ from scoped.core.teardown import (
 from scoped.core.waits import current_task, running_loop
 
 if TYPE_CHECKING:
+    from django.http import HttpRequest  # for users' type checkers: nothing of it is used
+
     from scoped.core.lifespan import LifespanScope
     from scoped.core.record import Record
     from scoped.core.resource import Resource
@@ -78,7 +80,7 @@ class Scope(Books):
         self.around: Scope | Record | None = None
         self.failure: BaseException | None = None  # what ended it, for factories to see
         self.lifespan: LifespanScope | None = None
-        self.request: Any = None  # Django's, where there is one
+        self.request: HttpRequest | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.opened = 0.0  # by perf_counter(), in seconds
         self.thread = 0  # that of its event loop, or of the sync code that opened it
