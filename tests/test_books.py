@@ -210,8 +210,10 @@ class TestWhoCancelsIsKnown:
 
         @request_scoped
         def plain() -> Iterator[str]:
-            yield "plain"
-            log.append("plain")
+            try:
+                yield "plain"
+            finally:
+                log.append("plain")
 
         async def test() -> None:
             plain()
