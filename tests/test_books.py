@@ -213,10 +213,11 @@ class TestWhoCancelsIsKnown:
             try:
                 yield "plain"
             finally:
+                time.sleep(0.05)
                 log.append("plain")
 
         async def test() -> None:
-            plain()
+            await sync_to_async(plain)()
             await kept()
             await kept.release()
             assert log == ["kept"]
@@ -224,11 +225,13 @@ class TestWhoCancelsIsKnown:
         async def program() -> None:
             context = contextvars.copy_context()
             # As a fixture does that forgets the end of it.
-            await asyncio.create_task(request_scope().__aenter__(), context=context)
+            await asyncio.create_task(scope.__aenter__(), context=context)
             await asyncio.create_task(test(), context=context)
 
+        scope = request_scope()
         asyncio.run(program())
         assert log == ["kept", "plain"]
+        assert repr(scope).endswith(", closed>")
 
     @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
     async def test_a_worker_that_dies_ends_no_lifespan(self, is_held: bool, log: list[str]) -> None:
