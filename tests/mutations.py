@@ -905,6 +905,14 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a background task that is cancelled twice leaves its scope to somebody else",
+        (
+            "serving/background",
+            "            if failure is None:\n                failure = error\n",
+            "            raise\n",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

@@ -279,9 +279,22 @@ async def test_an_after_that_it_does_not_know_is_refused() -> None:
 # Its sync code
 
 
-async def test_it_is_not_torn_down_under_its_sync_code() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+async def test_it_is_not_torn_down_under_its_sync_code_however_often_it_is_cancelled(
+    times: int, caplog: pytest.LogCaptureFixture
+) -> None:
     go_on = threading.Event()
     loop, reached = asyncio.get_running_loop(), asyncio.Event()
+
+    @request_scoped
+    async def marked() -> AsyncIterator[None]:
+        task, token = asyncio.current_task(), marker.set("set by the factory")
+        await db()
+        try:
+            yield
+        finally:
+            marker.reset(token)  # ValueError in another Context
+            assert asyncio.current_task() is task
 
     def sync_work() -> None:
         loop.call_soon_threadsafe(reached.set)
@@ -289,19 +302,21 @@ async def test_it_is_not_torn_down_under_its_sync_code() -> None:
         log.append("sync code ended")
 
     async def work() -> None:
-        await db()
+        await marked()
         await sync_to_async(sync_work)()
 
     async with lifespan_scope():
         task = spawn(work())
         await reached.wait()
-        task.cancel()
-        for _ in range(10):
-            await asyncio.sleep(0)
+        for _ in range(times):
+            task.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
         assert log == ["+pool", "+db"]
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
+    assert not caplog.records
     assert log == ["+pool", "+db", "sync code ended", "db saw CancelledError", "-db", "-pool"]
 
 

@@ -182,6 +182,10 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
         try:
             if thread.is_busy:
                 await sync_code_ended(thread, scope)
+        except BaseException as error:  # cancelled once more: it is closed here all the same
+            if failure is None:
+                failure = error
+        try:
             await scope.close(failure)
         except TeardownError as error:
             logger.error("The background task %s: %s", name, error, exc_info=error)
