@@ -5,7 +5,6 @@ ends.
 """
 
 import logging
-from contextlib import closing
 from typing import Any
 
 import django
@@ -18,10 +17,10 @@ from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.names import printable_repr
 from scoped.discovery import import_urls
-from scoped.dispatch import Receiver, live_receivers
+from scoped.dispatch import Receiver
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
-from scoped.serving.receivers import connect_handler
+from scoped.serving.receivers import Listeners, connect_handler
 from scoped.serving.supervisor import supervise
 from scoped.serving.threads import LentThread, idle_ended
 
@@ -48,6 +47,7 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
 
     def __init__(self) -> None:
         conf.configure()
+        self._listeners = Listeners(type(self))
         super().__init__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -66,8 +66,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
             body_file = await self.read_body(receive)
         except RequestAborted:
             return
-        with closing(body_file):
+        try:
             await supervise(Exchange(self, scope, body_file, send), receive)
+        finally:
+            body_file.close()
 
     def lend_thread(self) -> LentThread:
         """For the sync code of one request."""
@@ -75,7 +77,7 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""
-        return live_receivers(signal, type(self))
+        return self._listeners.of(signal)
 
 
 connect_handler(ScopedASGIHandler)

@@ -44,8 +44,10 @@ class RequestScope(Scope):
     @property
     def has_boundary(self) -> bool:
         """Whether anything in it lives until the response."""
-        records = list(self.records.values())
-        return any(record.resource.lifetime is Lifetime.RESPONSE for record in records)
+        for record in list(self.records.values()):
+            if record.resource.lifetime is Lifetime.RESPONSE:
+                return True
+        return False
 
     def check_response(self, resource: "Resource[Any]") -> None:
         if not self.tells_of_response:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
+
+from asgiref.sync import AsyncToSync
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
@@ -124,15 +126,19 @@ def begin_waiting(scope: RequestScope) -> None:
     if scope.failure is not None:
         drop_waiting(scope)
         return
-    for background in _waiting.pop(scope, ()):
+    for background in _taken(scope):
         if background.go is not None and not background.go.done():
             background.go.set_result(None)
 
 
 def drop_waiting(scope: RequestScope) -> None:
     """What waits for the response of a request that has failed never begins."""
-    for background in _waiting.pop(scope, ()):
+    for background in _taken(scope):
         _drop(background)
+
+
+def _taken(scope: RequestScope) -> "Iterable[_BackgroundScope]":
+    return _waiting.pop(scope, ()) if _waiting else ()
 
 
 def _drop(background: _BackgroundScope) -> None:
@@ -172,6 +178,7 @@ async def _work(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object])
 async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
     """Do the work, if there is any, and close its scope, with a thread of its own for both."""
     failure: BaseException | None = None
+    AsyncToSync.executors.current = None  # that of sync code which has started this task
     with LentThread(tidy) as thread:  # the request's own may be another request's by then
         try:
             if work is not None:

@@ -6,17 +6,15 @@ of ``request_finished``.
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from asgiref.sync import AsyncToSync
-from django.core.cache import caches, close_caches
+from django.core.cache import caches
 from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
-from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
-from django.db import close_old_connections, reset_queries
 from django.dispatch import Signal
 from django.urls import set_script_prefix
 from django.utils.module_loading import import_string
@@ -37,7 +35,7 @@ from scoped.serving.ending import (
     in_place_of,
 )
 from scoped.serving.handler import page_in_thread, scope_of
-from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
+from scoped.serving.receivers import TIDY, close, close_scope, end_response, open_for, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -51,6 +49,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+_executors = AsyncToSync.executors
 _EAGER = sys.version_info >= (3, 12)
 
 
@@ -127,17 +126,17 @@ class Exchange:
         task = asyncio.current_task()
         assert task is not None
         self.task, self.is_new = task, False
-        if getattr(AsyncToSync.executors, "current", None) is not None:
+        sync_parent = getattr(_executors, "current", None)
+        if sync_parent is not None:
             # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
-            await self.run_in_context()
+            await self.run_in_context(sync_parent)
             return
         self.thread = self.handler.lend_thread()
         with self.thread:
-            await self.run_in_context()
+            await self.run_in_context(None)
 
-    async def run_in_context(self) -> None:
+    async def run_in_context(self, sync_parent: Any) -> None:
         around, request_scope = scope_here(), None
-        sync_parent = getattr(AsyncToSync.executors, "current", None)
         failure: BaseException | None = None
         try:
             set_script_prefix(get_script_prefix(self.scope))
@@ -152,8 +151,9 @@ class Exchange:
             failure = error
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
-        if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
-            AsyncToSync.executors.current = sync_parent
+        has_run_sync_code = self.thread is None or self.thread.is_taken or failure is not None
+        if has_run_sync_code and getattr(_executors, "current", None) is not sync_parent:
+            _executors.current = sync_parent
         seen = failure if request_scope is None else request_scope.failure or failure
         if self.thread is not None and (
             self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
@@ -162,14 +162,17 @@ class Exchange:
         await self.finish(request_scope, failure)
 
     async def start(self) -> None:
-        sender, named = type(self.handler), {"scope": self.scope}
+        sender = type(self.handler)
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
+        if not sync_receivers and async_receivers == [open_scope]:
+            open_for(sender, self.scope)
+            return
         outcomes = await call_in_turn(
-            sync_receivers, async_receivers, request_started, sender, named
+            sync_receivers, async_receivers, request_started, sender, {"scope": self.scope}
         )
         raise_first(error for _, _, error in outcomes)
 
@@ -304,10 +307,11 @@ class Exchange:
         elif self.thread is None and isinstance(failure, asyncio.CancelledError):
             await self.attempt(hop(_nothing))  # as above, in the thread of who waits for this
         sync_receivers, async_receivers = self.handler.receivers_of(request_finished)
-        if self.response is not None:
+        own_close = self.response is not None and closes_itself(self.response)
+        if own_close:
+            sync_receivers, async_receivers = [], []  # its close() calls them all
+        if self.response is not None and self.response.streaming:
             await self.attempt(close_stream(self.response, whose))
-            if closes_itself(self.response):
-                sync_receivers, async_receivers = [], []  # its close() calls them all
         if isinstance(failure, asyncio.CancelledError) and not self.is_cut_off():
             failure = await self.own_failure(request_scope, failure)
         if request_scope is not None:
@@ -316,10 +320,11 @@ class Exchange:
                 await self.attempt(end_response(request_scope))
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
-            await self.attempt(self.call_async(receiver))
+            if receiver is not close_scope:
+                await self.attempt(self.call_async(receiver))
         if request_scope is not None:
             await self.attempt(close(request_scope))
-        if self.needs_thread(sync_receivers):
+        if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
             what = f"A receiver of request_finished, or the response's close(), of {whose}"
             await self.attempt(in_thread(self.thread, work, what))
@@ -330,6 +335,8 @@ class Exchange:
                 self.thread.tidy_later(partial(self.tidy, sync_receivers, request_finished))
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
+        if failure is None and not self.problems:
+            return
         try:
             # A cancellation, if any, before all else; the failure before what it led to.
             raise_first(
@@ -360,9 +367,7 @@ class Exchange:
             and not hasattr(request, "_files")
             else None
         )
-        return closes_itself(self.response) or any(
-            closer != trivial for closer in self.response._resource_closers
-        )
+        return self.response._resource_closers not in ([], [trivial])
 
     async def attempt(self, step: Awaitable[None]) -> None:
         try:
@@ -372,11 +377,8 @@ class Exchange:
 
     async def call_async(self, receiver: Receiver) -> None:
         called = receiver(signal=request_finished, sender=type(self.handler))
-        if receiver is close_scope:
-            await called  # each teardown has a bound of its own
-        else:
-            name = getattr(receiver, "__qualname__", None) or repr(receiver)
-            await in_time(called, f"The receiver {name} of request_finished")
+        name = getattr(receiver, "__qualname__", None) or repr(receiver)
+        await in_time(called, f"The receiver {name} of request_finished")
 
     def call_sync(self, receivers: Iterable[Receiver]) -> None:
         """In the request's thread: end the response, then call the receivers."""
@@ -398,26 +400,26 @@ class Exchange:
 def _nothing() -> None: ...
 
 
-# Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
-# Context that ends with the request.
-_TIDY = {
-    *(reset_queries, close_old_connections, close_caches, reset_urlconf),
-    *(open_foreign, close_foreign),
-}
+class _Caches:
+    """The project's caches that were looked through last, and whether to close any does a thing."""
+
+    settings: ClassVar[object] = None
+    have_to_be_closed: ClassVar[bool] = False
 
 
 def _closing_caches() -> bool:
-    """Whether a cache's ``close()`` does anything."""
-    return _closes(tuple(cache["BACKEND"] for cache in caches.settings.values()))
+    if _Caches.settings is not (settings := caches.settings):
+        _Caches.have_to_be_closed = any(_closes(cache["BACKEND"]) for cache in settings.values())
+        _Caches.settings = settings
+    return _Caches.have_to_be_closed
 
 
-@lru_cache
-def _closes(backends: tuple[str, ...]) -> bool:
+def _closes(backend: str) -> bool:
     try:
-        return any(import_string(backend).close is not BaseCache.close for backend in backends)
+        return import_string(backend).close is not BaseCache.close
     except (ImportError, AttributeError):  # no such cache, or one of another make
         return True
 
 
 def _only_tidy(receivers: list[Receiver]) -> bool:
-    return _TIDY.issuperset(receivers)
+    return TIDY.issuperset(receivers)

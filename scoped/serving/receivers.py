@@ -12,13 +12,15 @@ import asyncio
 import logging
 import sys
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import django
 from asgiref.sync import SyncToAsync, async_to_sync
-from django.core.handlers.base import BaseHandler
+from django.core.cache import close_caches
+from django.core.handlers.base import BaseHandler, reset_urlconf
 from django.core.signals import got_request_exception, request_finished, request_started
+from django.db import close_old_connections, reset_queries
 from django.dispatch import Signal
 
 from scoped.core.current import scope_here
@@ -26,13 +28,17 @@ from scoped.core.errors import TeardownError
 from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
+from scoped.dispatch import Receiver, live_receivers
 
 __all__ = [
+    "TIDY",
+    "Listeners",
     "close",
     "connect",
     "connect_handler",
     "end_response",
     "note_failure",
+    "open_for",
     "tells_of_response",
 ]
 
@@ -131,7 +137,11 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
 
 async def open_scope(*, sender: Any, scope: dict[str, Any], **kwargs: Any) -> None:
     # Always a fresh one: servers carry the Context of one request into the next.
-    scope_class = _ClientScope if _is_test_client(sender) else ServedScope
+    open_for(sender, scope)
+
+
+def open_for(handler: type, scope: dict[str, Any]) -> None:
+    scope_class = _ClientScope if _is_test_client(handler) else ServedScope
     scope_class(_name(scope["method"], scope["path"])).open()
 
 
@@ -219,3 +229,41 @@ def _path(of_wsgi: str) -> str:
 
 def _name(method: str, path: str) -> str:
     return printable(f"the request {method} {path}")
+
+
+# Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
+# Context that ends with the request.
+TIDY: frozenset[Receiver] = frozenset(
+    {reset_queries, close_old_connections, close_caches, reset_urlconf, open_foreign, close_foreign}
+)
+_USUAL = TIDY | {open_scope, close_scope}
+
+
+class _Found(NamedTuple):
+    look_up: Any  # that by which they were found: monitoring puts its own in the place of Django's
+    connected: list[Any]
+    receivers: tuple[list[Receiver], list[Receiver]]
+
+
+class Listeners:
+    """
+    The receivers of a handler's requests. To look them up takes Django a lock and weak
+    references; where they are none but Django's and ours, that is done when any is connected or
+    disconnected. Others are not kept: they may be gone at any time.
+    """
+
+    def __init__(self, sender: type) -> None:
+        self.sender = sender
+        self.found: dict[Signal, _Found] = {}
+
+    def of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
+        """The sync and the async ones."""
+        found = self.found.get(signal)
+        look_up: Any = Signal._live_receivers
+        if found is not None and found.connected == signal.receivers and found.look_up is look_up:
+            return found.receivers
+        connected = list(signal.receivers)
+        receivers = live_receivers(signal, self.sender)
+        if _USUAL.issuperset(receivers[0]) and _USUAL.issuperset(receivers[1]):
+            self.found[signal] = _Found(look_up, connected, receivers)
+        return receivers

@@ -196,7 +196,6 @@ class LentThread(Executor):
         self._context = ThreadSensitiveContext()
         SyncToAsync.context_to_thread_executor[self._context] = self
         SyncToAsync.thread_sensitive_context.set(self._context)
-        AsyncToSync.executors.current = None  # that of sync code which has started this task
         return self
 
     def __exit__(
@@ -235,6 +234,8 @@ class LentThread(Executor):
             except IndexError:
                 worker = _Worker()
             self._worker = worker
+            # asgiref looks for it at each hop: where it was never set that takes four times as long
+            AsyncToSync.executors.current = None
             # As one work, for each wakes the thread: it costs more than what is done there.
             bound = partial(_first, self.tidy, bound)
         worker.give(bound, future)
