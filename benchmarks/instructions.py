@@ -20,10 +20,10 @@ from pathlib import Path
 from benchmarks.check import check
 from benchmarks.counted import CONTENDERS
 from benchmarks.memory import bytes_per_scope
-from benchmarks.questions import WORKS, Work
+from benchmarks.questions import REQUESTS, WORKS, Request, Work
 from benchmarks.report import Machine, page_of_instructions
 
-__all__ = ["count"]
+__all__ = ["count", "count_requests"]
 
 _FEW = 100  # times, after which Python has specialized what it runs
 _PATIENCE = 900  # seconds
@@ -36,7 +36,8 @@ async def count(contender: str, works: Iterable[Work]) -> dict[str, float]:
 
     async def run(times: Mapping[str, int]) -> int:
         async with at_once:
-            return await _count(contender, times)
+            plan = (f"{key}:{number}" for key, number in times.items())
+            return await _count("counted", contender, *plan)
 
     more = [run(few | {work.key: _FEW + work.counted}) for work in works]
     least, *counts = await asyncio.gather(run(few), *more)
@@ -45,11 +46,21 @@ async def count(contender: str, works: Iterable[Work]) -> dict[str, float]:
     }
 
 
-async def _count(contender: str, times: Mapping[str, int]) -> int:
+async def count_requests(application: str, request: Request) -> float:
+    """Instructions for one request."""
+
+    async def run(times: int) -> int:
+        plan = ("--kind", request.kind, "--count", f"{request.path}:{times}")
+        return await _count("worker", application, *plan)
+
+    least, whole = await asyncio.gather(run(_FEW), run(_FEW + request.counted))
+    return (whole - least) / request.counted
+
+
+async def _count(module: str, *arguments: str) -> int:
     process = await asyncio.create_subprocess_exec(
         *("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"),
-        *(sys.executable, "-W", "ignore", "-m", "benchmarks.counted", contender),
-        *(f"{key}:{number}" for key, number in times.items()),
+        *(sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *arguments),
         env=os.environ | {"PYTHONHASHSEED": "0"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -63,7 +74,7 @@ async def _count(contender: str, times: Mapping[str, int]) -> int:
             await process.wait()
     found = re.search(r"Collected : (\d+)", said)
     if process.returncode or found is None:
-        raise RuntimeError(f"{contender}: valgrind says\n{said}")
+        raise RuntimeError(f"{arguments[0]}: valgrind says\n{said}")
     return int(found[1])
 
 

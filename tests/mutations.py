@@ -52,13 +52,8 @@ def mutation(what: str, *edits: tuple[str, str, str]) -> Mutation:
 MUTATIONS = [
     # The end of a request
     mutation(
-        "neither the handler nor its receiver closes the scope",
-        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
-        ("serving/receivers", "        await close(scope)\n", "        pass\n"),
-    ),
-    mutation(
-        "the handler leaves the closing to its receiver",
-        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
+        "the scope is not closed",
+        ("serving/exchange", "request_scope.begin_close()) is not None", "None) is not None"),
     ),
     mutation(
         "request_finished is not sent to async receivers",
@@ -79,11 +74,19 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("serving/exchange", "await self.attempt(close_stream(self.response, whose))", "pass"),
+        (
+            "serving/exchange",
+            "await self.attempt(close_stream(self.response, request_scope))",
+            "pass",
+        ),
     ),
     mutation(
         "a sync view that runs on is not waited for",
-        ("serving/exchange", "await self.attempt(sync_code_ended(self.thread, whose))", "pass"),
+        (
+            "serving/exchange",
+            "await self.attempt(sync_code_ended(self.thread, request_scope))",
+            "pass",
+        ),
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
@@ -649,9 +652,10 @@ MUTATIONS = [
         "a request takes over the open scope around it",
         (
             "serving/receivers",
-            '    scope_class(_name(scope["method"], scope["path"])).open()\n',
-            "    if scope_here() is None:\n"
-            '        scope_class(_name(scope["method"], scope["path"])).open()\n',
+            '    return scope_class(_name(scope["method"], scope["path"])).open()\n',
+            "    if isinstance(around := scope_here(), RequestScope):\n"
+            "        return around\n"
+            '    return scope_class(_name(scope["method"], scope["path"])).open()\n',
         ),
     ),
     mutation(
@@ -725,14 +729,14 @@ MUTATIONS = [
     # Until the response
     mutation(
         "nothing ends with the response",
-        ("serving/exchange", "            await scope.end_response()\n", "            pass\n"),
+        ("serving/exchange", "request_scope.begin_to_respond()) is not None", "None) is not None"),
     ),
     mutation(
         "nothing ends with the response under WSGI",
         (
             "serving/handler",
-            "            run_without_loop(scope.end_response())\n",
-            "            pass\n",
+            "                run_without_loop(rest)\n",
+            "                rest.close()\n",
         ),
     ),
     mutation(

@@ -28,7 +28,6 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.core.current import scope_here
-from scoped.serving.receivers import close_scope, open_scope
 from tests.connection import Connection
 from tests.views import Views
 
@@ -220,16 +219,6 @@ async def test_a_receiver_that_is_cancelled_changes_nothing(connected):
     with pytest.raises(asyncio.CancelledError):
         await get("/plain")
     assert log == ["db set up", "db torn down"]
-
-
-async def test_our_own_receivers_disconnected_by_somebody_leave_no_resource_open():
-    class Handler(ScopedASGIHandler):
-        pass
-
-    request_finished.disconnect(close_scope, sender=Handler)
-    await get("/plain", Handler())
-    assert log == ["db set up", "db torn down"]
-    request_started.disconnect(open_scope, sender=Handler)
 
 
 # Promise 11: the factory sees the failure, even one that a middleware handles

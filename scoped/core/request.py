@@ -1,7 +1,7 @@
 """The request's scope, and the boundary in it: the moment before the first byte."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
@@ -64,9 +64,17 @@ class RequestScope(Scope):
         Tear down what lives until the response, before its first byte is sent.
         Raises as ``close()`` does.
         """
+        if (rest := self.begin_to_respond()) is not None:
+            await rest
+
+    def begin_to_respond(self) -> Coroutine[Any, Any, None] | None:
+        """As ``end_response()``, of which it returns what is to be awaited, if anything is."""
         self.has_responded = True
         if not self.ending and not self.has_boundary:
-            return
+            return None
+        return self._end_response()
+
+    async def _end_response(self) -> None:
         problems: list[BaseException] = []
         if self._is_busy() and (cancellation := await self.stop(Lifetime.RESPONSE)):
             problems.append(cancellation)
@@ -151,11 +159,8 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self.begin_to_close():
-                if self.records or self.ending or self.lifespan:
-                    await self._close(exc)
-                else:  # what nothing has used is closed without a coroutine
-                    self._let_go(exc if self.failure is None else self.failure)
+            if (rest := self.begin_close(exc)) is not None:
+                await rest
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise

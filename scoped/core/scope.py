@@ -20,7 +20,7 @@ the highest is torn down first.
 import asyncio
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from threading import get_ident
@@ -340,8 +340,20 @@ class Scope:
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
-        if self.begin_to_close():
-            await self._close(failure)
+        if (rest := self.begin_close(failure)) is not None:
+            await rest
+
+    def begin_close(self, failure: BaseException | None = None) -> Coroutine[Any, Any, None] | None:
+        """
+        Close it, without a coroutine where nothing has used it. Returns what is to be awaited for
+        the rest, if that was not all.
+        """
+        if not self.begin_to_close():
+            return None
+        if self.records or self.ending or self.lifespan:
+            return self._close(failure)
+        self._let_go(failure if self.failure is None else self.failure)
+        return None
 
     def begin_to_close(self) -> bool:
         """

@@ -47,15 +47,13 @@ class ForkSafeLock:
         self._lock.release()
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+# None where no loop runs. What asyncio exports for loops; `get_running_loop()` raises, which costs
+# sync code more than all else that opens its scope.
+running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_running_loop
 
 
 def current_task() -> "asyncio.Task[Any] | None":
-    return asyncio.current_task() if running_loop() is not None else None
+    return None if (loop := running_loop()) is None else asyncio.current_task(loop)
 
 
 async def outlast(

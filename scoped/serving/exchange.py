@@ -19,7 +19,6 @@ from django.dispatch import Signal
 from django.urls import set_script_prefix
 from django.utils.module_loading import import_string
 
-from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop
@@ -34,8 +33,8 @@ from scoped.serving.ending import (
     drop_stream,
     in_place_of,
 )
-from scoped.serving.handler import page_in_thread, scope_of
-from scoped.serving.receivers import TIDY, close, close_scope, end_response, open_for, open_scope
+from scoped.serving.handler import page_in_thread
+from scoped.serving.receivers import TIDY, close, end_response, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -136,16 +135,11 @@ class Exchange:
             await self.run_in_context(None)
 
     async def run_in_context(self, sync_parent: Any) -> None:
-        around, request_scope = scope_here(), None
+        request_scope = open_scope(type(self.handler), self.scope)
         failure: BaseException | None = None
         try:
             set_script_prefix(get_script_prefix(self.scope))
-            try:
-                await self.start()
-            finally:
-                opened = scope_here()
-                if opened is not around and isinstance(opened, RequestScope):
-                    request_scope = opened  # else a cancellation came before our receiver
+            await self.start()
             await self.respond(request_scope)
         except BaseException as error:
             failure = error
@@ -154,7 +148,7 @@ class Exchange:
         has_run_sync_code = self.thread is None or self.thread.is_taken or failure is not None
         if has_run_sync_code and getattr(_executors, "current", None) is not sync_parent:
             _executors.current = sync_parent
-        seen = failure if request_scope is None else request_scope.failure or failure
+        seen = request_scope.failure or failure
         if self.thread is not None and (
             self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
         ):
@@ -168,8 +162,7 @@ class Exchange:
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
-        if not sync_receivers and async_receivers == [open_scope]:
-            open_for(sender, self.scope)
+        if not sync_receivers and not async_receivers:
             return
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, {"scope": self.scope}
@@ -185,32 +178,31 @@ class Exchange:
 
     # The response
 
-    async def respond(self, request_scope: RequestScope | None) -> None:
+    async def respond(self, request_scope: RequestScope) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)
         if request is None:
-            if request_scope is not None:
-                await request_scope.end_response()  # receivers may have used it
+            await request_scope.end_response()  # receivers may have used it
             self.body_file.close()
             self.response = error_response
         else:
             self.request = request
             await self.answer(request, request_scope)
-        if self.response.streaming and request_scope is not None:
+        if self.response.streaming:
             self.long_stream = LongStream(request_scope)
             self.long_stream.watch()
         await self.handler.send_response(self.response, self.forward)
 
-    async def answer(self, request: ASGIRequest, request_scope: RequestScope | None) -> None:
+    async def answer(self, request: ASGIRequest, request_scope: RequestScope) -> None:
         """Have the response made, and tear down what lives until then. Failures are pages."""
-        scope = scope_of(request)
+        request_scope.request = request
         failure: BaseException | None = None
         try:
             self.response = await self.handler.run_get_response(request)
-            if scope is not None:
-                if self.thread is not None and self.thread.is_busy and scope.has_boundary:
-                    await sync_code_ended(self.thread, scope)
-                await scope.end_response()
-                begin_waiting(scope)
+            if self.thread is not None and self.thread.is_busy and request_scope.has_boundary:
+                await sync_code_ended(self.thread, request_scope)
+            if (rest := request_scope.begin_to_respond()) is not None:
+                await rest
+            begin_waiting(request_scope)
         except TeardownError as error:
             failure = error
         except asyncio.CancelledError as error:
@@ -236,7 +228,7 @@ class Exchange:
         return self.cancelled or self.server.cancelling() > self.cancelled_before
 
     async def own_failure(
-        self, request_scope: RequestScope | None, error: asyncio.CancelledError
+        self, request_scope: RequestScope, error: asyncio.CancelledError
     ) -> BaseException:
         """
         What a request has failed with that nobody has cancelled from outside: a timeout, or
@@ -244,21 +236,19 @@ class Exchange:
         left. Until then an anyio one cancels again and again; so all is torn down now.
         """
         self.uncancel()
-        whose = request_scope or "the request"
         if self.thread is not None:
             self.thread.lend_again = False
             if self.thread.is_busy:
-                await sync_code_ended(self.thread, whose)
-        if request_scope is not None:
-            drop_waiting(request_scope)
-            try:
-                await request_scope.close(error)
-            except TeardownError as group:
-                return group.exceptions[0] if len(group.exceptions) == 1 else group
+                await sync_code_ended(self.thread, request_scope)
+        drop_waiting(request_scope)
+        try:
+            await request_scope.close(error)
+        except TeardownError as group:
+            return group.exceptions[0] if len(group.exceptions) == 1 else group
         failure = RuntimeError(
-            f"{whose} was cancelled, though neither by its client nor by the server: it awaited "
-            "something that had been cancelled, or cancelled its own task. Catch CancelledError "
-            "where that is meant to be."
+            f"{request_scope} was cancelled, though neither by its client nor by the server: it "
+            "awaited something that had been cancelled, or cancelled its own task. Catch "
+            "CancelledError where that is meant to be."
         )
         failure.__cause__ = error
         return failure
@@ -284,9 +274,7 @@ class Exchange:
 
     # The end
 
-    async def finish(
-        self, request_scope: RequestScope | None, failure: BaseException | None
-    ) -> None:
+    async def finish(self, request_scope: RequestScope, failure: BaseException | None) -> None:
         """
         The start in reverse: async receivers of ``request_finished``, so that the
         scope closes while the request's connections still work; then, in the
@@ -298,12 +286,11 @@ class Exchange:
             self.listener.cancel()
         if self.long_stream is not None:
             self.long_stream.unwatch()
-        whose = request_scope or "a request"
         self.uncancel()
-        if failure is not None and request_scope is not None and request_scope.failure is None:
+        if failure is not None and request_scope.failure is None:
             request_scope.failure = failure
         if self.thread is not None and self.thread.is_busy:
-            await self.attempt(sync_code_ended(self.thread, whose))
+            await self.attempt(sync_code_ended(self.thread, request_scope))
         elif self.thread is None and isinstance(failure, asyncio.CancelledError):
             await self.attempt(hop(_nothing))  # as above, in the thread of who waits for this
         sync_receivers, async_receivers = self.handler.receivers_of(request_finished)
@@ -311,22 +298,20 @@ class Exchange:
         if own_close:
             sync_receivers, async_receivers = [], []  # its close() calls them all
         if self.response is not None and self.response.streaming:
-            await self.attempt(close_stream(self.response, whose))
+            await self.attempt(close_stream(self.response, request_scope))
         if isinstance(failure, asyncio.CancelledError) and not self.is_cut_off():
             failure = await self.own_failure(request_scope, failure)
-        if request_scope is not None:
-            drop_waiting(request_scope)
-            if not request_scope.has_responded:
-                await self.attempt(end_response(request_scope))
+        drop_waiting(request_scope)
+        if not request_scope.has_responded:
+            await self.attempt(end_response(request_scope))
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
-            if receiver is not close_scope:
-                await self.attempt(self.call_async(receiver))
-        if request_scope is not None:
-            await self.attempt(close(request_scope))
+            await self.attempt(self.call_async(receiver))
+        if (rest := request_scope.begin_close()) is not None:
+            await self.attempt(close(rest))
         if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
-            what = f"A receiver of request_finished, or the response's close(), of {whose}"
+            what = f"A receiver of request_finished, or the response's close(), of {request_scope}"
             await self.attempt(in_thread(self.thread, work, what))
         else:
             if self.response is not None:

@@ -1,16 +1,16 @@
 """
-Opens a request scope on ``request_started`` and closes it on
-``request_finished``.
+Who opens a request scope and closes it, and what else listens at a request's start and end.
 
-For our own handlers these are async receivers: the handler awaits them in the
-request's task. For every other sender (WSGI, Django's test clients, the stock
-ASGI handler) they are sync: an async receiver would make Django's own dispatch
+Our own ASGI handlers do so themselves, around all that they send. For every other sender
+(WSGI, Django's test clients, the stock ASGI handler) receivers of ``request_started`` and
+``request_finished`` do. They are sync: an async receiver would make Django's own dispatch
 run tasks in other people's requests, and its AsyncClient fail on streams.
 """
 
 import asyncio
 import logging
 import sys
+from collections.abc import Coroutine
 from functools import cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -38,7 +38,7 @@ __all__ = [
     "connect_handler",
     "end_response",
     "note_failure",
-    "open_for",
+    "open_scope",
     "tells_of_response",
 ]
 
@@ -84,10 +84,8 @@ class _ForeignScope(RequestScope):
 
 
 def connect_handler(handler: type) -> None:
-    """Let requests of this handler class open and close a scope, in their own task."""
+    """Requests of this handler class open and close a scope in their own task."""
     _our_handlers.add(handler)
-    request_started.connect(open_scope, sender=handler)
-    request_finished.connect(close_scope, sender=handler)
     got_request_exception.connect(_request_failed)
 
 
@@ -135,27 +133,19 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
         signal.receivers.insert(0, signal.receivers.pop())
 
 
-async def open_scope(*, sender: Any, scope: dict[str, Any], **kwargs: Any) -> None:
-    # Always a fresh one: servers carry the Context of one request into the next.
-    open_for(sender, scope)
-
-
-def open_for(handler: type, scope: dict[str, Any]) -> None:
+def open_scope(handler: type, scope: dict[str, Any]) -> RequestScope:
+    """
+    For a request of this handler of ours, in its own task. Always a fresh one: servers carry
+    the Context of one request into the next.
+    """
     scope_class = _ClientScope if _is_test_client(handler) else ServedScope
-    scope_class(_name(scope["method"], scope["path"])).open()
+    return scope_class(_name(scope["method"], scope["path"])).open()
 
 
-async def close_scope(**kwargs: Any) -> None:
-    scope = scope_here()
-    # Not one that is open around this request, as for a request made inside another.
-    if isinstance(scope, RequestScope) and scope.owner is asyncio.current_task() and scope.served:
-        await close(scope)
-
-
-async def close(scope: RequestScope) -> None:
-    """Close it; what fails then is logged, for the response has been sent."""
+async def close(closing: Coroutine[Any, Any, None]) -> None:
+    """Await it; what fails then is logged, for the response has been sent."""
     try:
-        await scope.close()
+        await closing
     except TeardownError as error:
         logger.error("%s", error, exc_info=error)
 
@@ -182,12 +172,10 @@ def open_foreign(
     environ: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    if sender in _our_handlers:
-        return
     if environ is not None:
         name = _name(environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO") or "/"))
         _ForeignScope(name, sender).open(sync_only=True)
-    elif scope is not None and django.VERSION >= (6, 1):
+    elif scope is not None and sender not in _our_handlers and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
         name = _name(scope["method"], scope["path"])
         # This runs in a thread for sync code, and the view in that thread's event loop.
@@ -202,15 +190,16 @@ def close_foreign(*, sender: Any, **kwargs: Any) -> None:
         return
     scope.leave()
     if scope.can_close_without_loop:
-        run_without_loop(close(scope))
+        if (rest := scope.begin_close()) is not None:
+            run_without_loop(close(rest))
         return
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        async_to_sync(close)(scope)
+        async_to_sync(close)(scope.close())
     else:
         # Django's AsyncClient closes a stream from sync code in the event loop's thread.
-        task = loop.create_task(close(scope))
+        task = loop.create_task(close(scope.close()))
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 
@@ -236,7 +225,6 @@ def _name(method: str, path: str) -> str:
 TIDY: frozenset[Receiver] = frozenset(
     {reset_queries, close_old_connections, close_caches, reset_urlconf, open_foreign, close_foreign}
 )
-_USUAL = TIDY | {open_scope, close_scope}
 
 
 class _Found(NamedTuple):
@@ -264,6 +252,6 @@ class Listeners:
             return found.receivers
         connected = list(signal.receivers)
         receivers = live_receivers(signal, self.sender)
-        if _USUAL.issuperset(receivers[0]) and _USUAL.issuperset(receivers[1]):
+        if TIDY.issuperset(receivers[0]) and not receivers[1]:
             self.found[signal] = _Found(look_up, connected, receivers)
         return receivers
