@@ -1065,6 +1065,10 @@ MUTATIONS = [
         ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
     ),
     mutation(
+        "a thread hears of no connection to a database",
+        ("serving/threads", "        worker.is_connected = True\n", "        pass\n"),
+    ),
+    mutation(
         "a thread seems busy when its last work has been heard of",
         ("serving/threads", "            self.done += 1  # before", "            pass  # before"),
         (

@@ -21,6 +21,7 @@ from django.core.cache import close_caches
 from django.core.handlers.base import BaseHandler, reset_urlconf
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.db import close_old_connections, reset_queries
+from django.db.backends.signals import connection_created
 from django.dispatch import Signal
 
 from scoped.core.current import scope_here
@@ -29,6 +30,7 @@ from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
 from scoped.dispatch import Receiver, live_receivers
+from scoped.serving.threads import connection_made
 
 __all__ = [
     "TIDY",
@@ -86,6 +88,7 @@ class _ForeignScope(RequestScope):
 def connect_handler(handler: type) -> None:
     """Requests of this handler class open and close a scope in their own task."""
     _our_handlers.add(handler)
+    _connect_first(connection_created, connection_made)  # before any that raises
     got_request_exception.connect(_request_failed)
 
 

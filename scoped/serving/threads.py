@@ -43,7 +43,7 @@ from scoped.core.place import thread_here
 from scoped.core.scope import Scope
 from scoped.core.waits import do_for, outlast
 
-__all__ = ["LentThread", "end_idle", "idle_ended", "tidy"]
+__all__ = ["LentThread", "connection_made", "end_idle", "idle_ended", "tidy"]
 
 T = TypeVar("T")
 _Work = Callable[[], Any]
@@ -129,7 +129,8 @@ class _Worker:
         except BaseException as error:
             failure = error
         if future is not None:
-            self.is_connected = _is_connected()
+            if self.is_connected:  # else it has been told of no connection since
+                self.is_connected = _is_connected()
             self.done += 1  # before anybody hears of it, who may then give the thread back
         try:
             if future is not None:
@@ -156,6 +157,12 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | N
         future.set_exception(error)
     except TypeError:  # Python 3.11, of a StopIteration; later ones do as much by themselves
         future.set_exception(RuntimeError(f"sync code raised {error!r}"))
+
+
+def connection_made(**kwargs: Any) -> None:
+    """For Django's signal ``connection_created``, which is sent in the thread."""
+    if isinstance(worker := getattr(thread_here, "way", None), _Worker):
+        worker.is_connected = True
 
 
 # Those whose threads live.
