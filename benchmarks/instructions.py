@@ -1,6 +1,7 @@
 """
-``python -m benchmarks.instructions``: the work on scopes in instructions, which callgrind counts
-(``apt-get install valgrind``), and in bytes. Writes ``docs/benchmarks-instructions.md``.
+``python -m benchmarks.instructions``: the work on scopes, and requests in process, in instructions,
+which callgrind counts (``apt-get install valgrind``); and scopes in bytes. Writes
+``docs/benchmarks-instructions.md``.
 
 Each figure is the difference between a process that does all work a few times and one that does
 some of it more often: so what a start costs is in none. They move by less than a hundredth from
@@ -78,7 +79,29 @@ async def _count(module: str, *arguments: str) -> int:
     return int(found[1])
 
 
-async def _main(directory: Path | None, only: list[str]) -> None:
+async def _main(directory: Path | None, only: list[str], kind: str) -> None:
+    figures = {} if kind == "requests" else await _count_scopes(only)
+    of_requests = {} if kind == "scopes" else await _count_requests(only)
+    if directory is not None:
+        path = directory / "benchmarks-instructions.md"
+        path.write_text(page_of_instructions(WORKS, figures, REQUESTS, of_requests, Machine.here()))
+        print(f"\nWritten to {path}")
+
+
+async def _count_requests(only: list[str]) -> dict[str, dict[str, float]]:
+    figures: dict[str, dict[str, float]] = {}
+    for request in REQUESTS:
+        mine = figures[request.key] = {}
+        for name in request.applications:
+            if not only or name in only:
+                mine[name] = await count_requests(name, request)
+                unit = mine.get(request.unit)
+                ratio = "" if unit is None else f"  {unit / mine[name]:.2f} x {request.unit}"
+                print(f"{name:20} {request.key:18} {mine[name]:10,.0f}{ratio}", flush=True)
+    return figures
+
+
+async def _count_scopes(only: list[str]) -> dict[str, dict[str, float]]:
     figures: dict[str, dict[str, float]] = {}
     for key, make in CONTENDERS.items():
         try:
@@ -92,10 +115,7 @@ async def _main(directory: Path | None, only: list[str]) -> None:
         mine["memory"] = await bytes_per_scope(contender)
         figures[contender.name] = mine
         _show(contender.name, figures)
-    if directory is not None:
-        path = directory / "benchmarks-instructions.md"
-        path.write_text(page_of_instructions(WORKS, figures, Machine.here()))
-        print(f"\nWritten to {path}")
+    return figures
 
 
 def _show(name: str, figures: Mapping[str, Mapping[str, float]]) -> None:
@@ -110,16 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], help="these contenders")
     parser.add_argument("--output", type=Path, help="where to write; docs/ by default, if all")
+    parser.add_argument("--kind", choices=["scopes", "requests"], default="", help="half of it")
     arguments = parser.parse_args()
     if shutil.which("valgrind") is None:
         raise SystemExit("valgrind is not there: `apt-get install valgrind`.")
     directory = arguments.output
-    if directory is None and not arguments.only:
+    if directory is None and not arguments.only and not arguments.kind:
         directory = Path(__file__).parent.parent / "docs"
     only = arguments.only
     if only and directory is not None:
-        only += ["AsyncExitStack", "hand-written"]  # the units of the page
-    asyncio.run(_main(directory, only))
+        only += ["AsyncExitStack", "hand-written", "scoped"]  # the units of the page
+    asyncio.run(_main(directory, only, arguments.kind))
 
 
 if __name__ == "__main__":
