@@ -129,7 +129,8 @@ class _Worker:
         except BaseException as error:
             failure = error
         if future is not None:
-            if self.is_connected:  # else it has been told of no connection since
+            # Else it has been told of no connection since; of one that failed it may not have been.
+            if self.is_connected or failure is not None:
                 self.is_connected = _is_connected()
             self.done += 1  # before anybody hears of it, who may then give the thread back
         try:
@@ -266,10 +267,10 @@ class LentThread(Executor):
 
     def leave(self) -> None:
         """To be called in the thread, after all else: no idle thread holds what others wait for."""
-        if self.lend_again:
-            _drop_transactions()
-        else:
+        if not self.lend_again:
             _close_connections()
+        elif self._worker is not None and self._worker.is_connected:
+            _drop_transactions()
 
     def give_back(self) -> None:
         """To be called when the request has ended. What is still running there may go on."""
