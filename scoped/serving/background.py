@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from asgiref.sync import AsyncToSync
 
@@ -26,8 +25,8 @@ logger = logging.getLogger("scoped")
 # Event loops hold tasks weakly.
 _tasks: set[asyncio.Task[None]] = set()
 
-# Those that begin after the response of a request.
-_waiting: WeakKeyDictionary[RequestScope, "list[_BackgroundScope]"] = WeakKeyDictionary()
+# Those that begin after the response of a request, whose end forgets them.
+_waiting: dict[RequestScope, "list[_BackgroundScope]"] = {}
 
 
 class _BackgroundScope(RequestScope):
@@ -126,19 +125,15 @@ def begin_waiting(scope: RequestScope) -> None:
     if scope.failure is not None:
         drop_waiting(scope)
         return
-    for background in _taken(scope):
+    for background in _waiting.pop(scope, ()):
         if background.go is not None and not background.go.done():
             background.go.set_result(None)
 
 
 def drop_waiting(scope: RequestScope) -> None:
     """What waits for the response of a request that has failed never begins."""
-    for background in _taken(scope):
+    for background in _waiting.pop(scope, ()):
         _drop(background)
-
-
-def _taken(scope: RequestScope) -> "Iterable[_BackgroundScope]":
-    return _waiting.pop(scope, ()) if _waiting else ()
 
 
 def _drop(background: _BackgroundScope) -> None:

@@ -139,7 +139,9 @@ class Exchange:
         failure: BaseException | None = None
         try:
             set_script_prefix(get_script_prefix(self.scope))
-            await self.start()
+            receivers = self.receivers_at_start()
+            if any(receivers):
+                await self.start(*receivers)
             await self.respond(request_scope)
         except BaseException as error:
             failure = error
@@ -155,17 +157,19 @@ class Exchange:
             self.thread.lend_again = False  # what its code would have cleaned up is still there
         await self.finish(request_scope, failure)
 
-    async def start(self) -> None:
-        sender = type(self.handler)
+    def receivers_at_start(self) -> tuple[list[Receiver], list[Receiver]]:
+        """The sync and the async ones that are to be called before the request is answered."""
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
-        if not sync_receivers and not async_receivers:
-            return
+        return sync_receivers, async_receivers
+
+    async def start(self, sync_receivers: list[Receiver], async_receivers: list[Receiver]) -> None:
+        sender, named = type(self.handler), {"scope": self.scope}
         outcomes = await call_in_turn(
-            sync_receivers, async_receivers, request_started, sender, {"scope": self.scope}
+            sync_receivers, async_receivers, request_started, sender, named
         )
         raise_first(error for _, _, error in outcomes)
 

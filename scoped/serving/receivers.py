@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import django
-from asgiref.sync import SyncToAsync, async_to_sync
+from asgiref.sync import SyncToAsync, async_to_sync, markcoroutinefunction
 from django.core.cache import close_caches
 from django.core.handlers.base import BaseHandler, reset_urlconf
 from django.core.signals import got_request_exception, request_finished, request_started
@@ -114,10 +114,11 @@ def _show_requests() -> None:
         _show(request)
         return get_response(self, request)
 
+    @markcoroutinefunction
     @wraps(get_response_async)
-    async def shows_request_async(self: BaseHandler, request: Any) -> Any:
+    def shows_request_async(self: BaseHandler, request: Any) -> Any:
         _show(request)
-        return await get_response_async(self, request)
+        return get_response_async(self, request)
 
     BaseHandler.get_response = shows_request  # type: ignore[method-assign]
     BaseHandler.get_response_async = shows_request_async  # type: ignore[method-assign]
