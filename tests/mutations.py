@@ -1065,6 +1065,22 @@ MUTATIONS = [
         ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
     ),
     mutation(
+        "receivers are looked through once and for all",
+        ("serving/receivers", " and found.connected == signal.receivers", ""),
+    ),
+    mutation(
+        "who wraps receivers later is gone round",
+        ("serving/receivers", " and found.look_up is look_up", ""),
+    ),
+    mutation(
+        "a handler keeps receivers that are gone",
+        (
+            "serving/receivers",
+            "        if TIDY.issuperset(",
+            "        if receivers or TIDY.issuperset(",
+        ),
+    ),
+    mutation(
         "a thread hears of no connection to a database",
         ("serving/threads", "        worker.is_connected = True\n", "        pass\n"),
     ),

@@ -111,6 +111,43 @@ async def test_receivers_run_as_in_django_with_the_handlers_class_as_sender(conn
     assert log == ["db set up", "db torn down"]
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_what_listens_to_request_started_finds_the_scope_open(connected, kind):
+    found = []
+
+    def finds(**kwargs):
+        found.append(current_scope())
+
+    async def finds_async(**kwargs):
+        finds()
+
+    @view
+    async def compares(request):
+        return HttpResponse(str(found == [current_scope()] and found[0].is_open))
+
+    # As the first of all, before any that was connected when Django started.
+    connected(request_started, finds if kind == "sync" else finds_async)
+    with request_started.lock:
+        request_started.receivers.insert(0, request_started.receivers.pop())
+    assert (await get("/compares")).body == b"True"
+
+
+async def test_a_receiver_that_is_gone_is_not_kept_by_the_handler(connected):
+    handler = ScopedASGIHandler()
+
+    def hears(**kwargs):
+        log.append("heard")
+
+    request_finished.connect(hears)
+    await get("/plain", handler)
+    gone = weakref.ref(hears)
+    del hears
+    gc.collect()
+    assert gone() is None
+    await get("/plain", handler)
+    assert log.count("heard") == 1
+
+
 async def test_the_scope_closes_after_async_receivers_and_before_sync_ones(connected):
     async def use(**kwargs):
         log.append(f"async receiver, open: {current_scope().is_open}")

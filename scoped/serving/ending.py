@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from django.http.response import HttpResponseBase
 
@@ -61,7 +61,7 @@ def closes_itself(response: Any) -> bool:
     Whether its ``close()`` is not Django's own. That must be called as it is, and
     at its end sends ``request_finished``, to sync and async receivers alike.
     """
-    cls: Any = type(response)
+    cls = cast("type[HttpResponseBase]", type(response))
     return cls.close is not HttpResponseBase.close or "close" in vars(response)
 
 

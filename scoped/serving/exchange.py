@@ -145,12 +145,12 @@ class Exchange:
             await self.respond(request_scope)
         except BaseException as error:
             failure = error
+        seen = request_scope.failure or failure
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
-        has_run_sync_code = self.thread is None or self.thread.is_taken or failure is not None
-        if has_run_sync_code and getattr(_executors, "current", None) is not sync_parent:
+        may_be_left = self.thread is None or self.thread.is_taken or seen is not None
+        if may_be_left and getattr(_executors, "current", None) is not sync_parent:
             _executors.current = sync_parent
-        seen = request_scope.failure or failure
         if self.thread is not None and (
             self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
         ):
