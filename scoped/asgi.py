@@ -5,7 +5,7 @@ ends.
 """
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import django
 from django.core.exceptions import RequestAborted
@@ -45,14 +45,16 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     is finishing; then the supervisor waits for it, whatever comes.
     """
 
+    # Not of an instance: Django's handler of static files does not call __init__().
+    listeners: ClassVar[Listeners]
+
     def __init__(self) -> None:
         conf.configure()
-        self._listeners = Listeners(type(self))
         super().__init__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        connect_handler(cls)
+        cls.listeners = connect_handler(cls)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -77,10 +79,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""
-        return self._listeners.of(signal)
+        return self.listeners.of(signal)
 
 
-connect_handler(ScopedASGIHandler)
+ScopedASGIHandler.listeners = connect_handler(ScopedASGIHandler)
 
 
 async def _serve_lifespan(receive: Receive, send: Send) -> None:

@@ -148,6 +148,15 @@ async def test_a_receiver_that_is_gone_is_not_kept_by_the_handler(connected):
     assert log.count("heard") == 1
 
 
+async def test_a_handler_that_makes_itself_as_that_of_static_files_does_serves():
+    class Handler(ScopedASGIHandler):
+        def __init__(self):
+            self.load_middleware(is_async=True)
+
+    assert (await get("/plain", Handler())).body == b"plain"
+    assert log == ["db set up", "db torn down"]
+
+
 async def test_the_scope_closes_after_async_receivers_and_before_sync_ones(connected):
     async def use(**kwargs):
         log.append(f"async receiver, open: {current_scope().is_open}")

@@ -85,11 +85,15 @@ class _ForeignScope(RequestScope):
         return self.sync_only or not self.is_in_use
 
 
-def connect_handler(handler: type) -> None:
-    """Requests of this handler class open and close a scope in their own task."""
+def connect_handler(handler: type) -> "Listeners":
+    """
+    Requests of this handler class open and close a scope in their own task. Returns who
+    else listens to them.
+    """
     _our_handlers.add(handler)
     _connect_first(connection_created, connection_made)  # before any that raises
     got_request_exception.connect(_request_failed)
+    return Listeners(handler)
 
 
 def connect() -> None:
