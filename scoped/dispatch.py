@@ -14,6 +14,8 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.dispatch import Signal
 
+from scoped.core.names import printable_repr
+
 __all__ = ["asend", "asend_robust"]
 
 logger = logging.getLogger("scoped")
@@ -136,4 +138,6 @@ def raise_first(errors: Iterable[BaseException | None]) -> None:
 
 
 def _log(error: BaseException) -> None:
-    logger.error("A signal was sent, and this was raised: %r", error, exc_info=error)
+    logger.error(
+        "A signal was sent, and this was raised: %s", printable_repr(error), exc_info=error
+    )

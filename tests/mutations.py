@@ -53,7 +53,7 @@ MUTATIONS = [
     # The end of a request
     mutation(
         "the scope is not closed",
-        ("serving/exchange", "request_scope.begin_close()) is not None", "None) is not None"),
+        ("serving/exchange", "if closing := request_scope.begin_close():", "if closing := ():"),
     ),
     mutation(
         "request_finished is not sent to async receivers",
@@ -301,7 +301,7 @@ MUTATIONS = [
     mutation(
         "several may take what is to be torn down",
         (
-            "core/scope",
+            "core/books",
             "        try:\n            del record.value\n        except AttributeError:\n            return False\n        record.state = ENDING\n",
             "        if record.state != HELD:\n            return False\n        __import__('time').sleep(0.0001)\n        record.state = ENDING\n        with __import__('contextlib').suppress(AttributeError):\n            del record.value\n",
         ),
@@ -334,7 +334,7 @@ MUTATIONS = [
         "a lifespan's sync generator ends in any thread",
         (
             "core/first_use",
-            "    if not resource.factory.is_generator or resource.lifetime is not Lifetime.LIFESPAN:\n",
+            "    if not resource.factory.is_generator or resource.lifetime is not LIFESPAN:\n",
             "    if True:\n",
         ),
     ),
@@ -395,8 +395,8 @@ MUTATIONS = [
         "set-ups under way are not stopped",
         (
             "core/scope",
-            "BaseException | None = await stop_set_ups(self, lifetime)\n",
-            "BaseException | None = None\n",
+            "if (cancellation := await stop_set_ups(self, lifetime)) is not None:\n",
+            "if (cancellation := None) is not None:\n",
         ),
     ),
     mutation(
@@ -442,7 +442,7 @@ MUTATIONS = [
     mutation(
         "what is set up too late is never torn down",
         (
-            "core/scope",
+            "core/books",
             "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            return False\n",
             "            not self.takes(record.resource) and self.take_and_tell(record)\n        ):\n            record.generator = None\n            return False\n",
         ),
@@ -478,7 +478,7 @@ MUTATIONS = [
     mutation(
         "a closed scope sets up all the same",
         (
-            "core/scope",
+            "core/books",
             "if not self.takes(resource) and (record is None or record.state != HELD):",
             "if False:",
         ),
@@ -554,7 +554,7 @@ MUTATIONS = [
     mutation(
         "a set-up that has failed stays behind",
         (
-            "core/scope",
+            "core/books",
             "        if self.records.get(record.resource) is record:\n            del self.records[record.resource]\n        record.state = GONE\n",
             "        record.state = GONE\n",
         ),
@@ -642,7 +642,7 @@ MUTATIONS = [
     mutation(
         "threads do not wait for each other's set-ups",
         (
-            "core/scope",
+            "core/books",
             "            record = self.records.setdefault(resource, new)\n",
             "            record = self.records[resource] = new\n",
         ),
@@ -743,8 +743,8 @@ MUTATIONS = [
         "all ends with the response",
         (
             "core/request",
-            "        await end_all(self, Lifetime.RESPONSE, self.failure, problems)\n",
-            "        await end_all(self, Lifetime.REQUEST, self.failure, problems)\n",
+            "        for rest in end_all(self, RESPONSE, self.failure, problems):\n",
+            "        for rest in end_all(self, REQUEST, self.failure, problems):\n",
         ),
     ),
     mutation(
@@ -834,15 +834,15 @@ MUTATIONS = [
     mutation(
         "a stream may set up anew what ended with the response",
         (
-            "core/scope",
-            "            self.has_responded and resource.lifetime is Lifetime.RESPONSE\n        )\n\n    def begin",
-            "            False\n        )\n\n    def begin",
+            "core/books",
+            "return self.is_open and not (self.has_responded and resource.lifetime is RESPONSE)",
+            "return self.is_open",
         ),
     ),
     mutation(
         "a resource may ask for what does not live as long",
         (
-            "core/scope",
+            "core/books",
             "if asker is not None and asker.resource.lifetime > resource.lifetime:",
             "if False:",
         ),
@@ -875,7 +875,7 @@ MUTATIONS = [
     mutation(
         "one that found it set up already is not known to use it",
         (
-            "core/scope",
+            "core/books",
             "            asker.use(record)\n",
             "            if is_new:\n                asker.use(record)\n",
         ),
@@ -897,8 +897,8 @@ MUTATIONS = [
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (
             "core/scope",
-            "            else:\n                break\n        return cancellation\n",
-            "            break\n        return cancellation\n",
+            "                problems.append(error)\n            else:\n                break\n",
+            "                problems.append(error)\n            break\n",
         ),
     ),
     mutation(
@@ -936,7 +936,7 @@ MUTATIONS = [
     mutation(
         "a release does not look anew at who has come to use it",
         (
-            "core/scope",
+            "core/books",
             "            asker.use(record)\n            if self.ending is not None:\n                self.version += 1\n",
             "            asker.use(record)\n",
         ),
@@ -944,7 +944,7 @@ MUTATIONS = [
     mutation(
         "a release does not look anew at what was set up meanwhile",
         (
-            "core/scope",
+            "core/books",
             "        record.state = HELD\n        if self.ending is not None:\n            self.version += 1\n",
             "        record.state = HELD\n",
         ),
@@ -1157,8 +1157,8 @@ MUTATIONS = [
         ),
         (
             "core/first_use",
-            "return await _set_up(record, asker.resource)",
-            "return await _set_up(record)",
+            "        asked_by = asker.resource\n",
+            "",
         ),
     ),
 ]

@@ -296,6 +296,22 @@ class TestErrors:
         assert all(r.__traceback__ for _, r in responses if isinstance(r, Exception))
         assert [r.exc_info and r.exc_info[0] for r in caplog.records] == [ValueError, KeyError]
 
+    async def test_an_error_that_cannot_be_shown_is_logged_all_the_same(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class ShyError(Exception):
+            def __repr__(self) -> str:
+                raise TypeError("nothing to be seen")
+
+        async def receiver(**kwargs: Any) -> None:
+            raise ShyError
+
+        signal = Signal()
+        signal.connect(receiver, weak=False)
+        [(_, error)] = await asend_robust(signal, Sender)
+        assert type(error) is ShyError
+        assert "<ShyError object, whose repr() fails>" in caplog.text
+
     async def test_an_async_receiver_that_fails_does_not_cancel_its_siblings(
         self, signal: Signal, log: list[str]
     ) -> None:

@@ -662,6 +662,33 @@ class TestLifespan:
         assert log == ["pool 1", "used pool 2", "pool 2"]
 
 
+def closed_beside_a_thread(
+    kind: str,
+    scope: RequestScope,
+    base: Callable[[], object],
+    ask: Callable[[], None],
+    begun: threading.Event,
+) -> threading.Thread:
+    """The scope has ``base``, and closes when the thread has begun to ask for something else."""
+    threads: list[threading.Thread] = []
+
+    def use() -> None:
+        base()
+        threads.append(in_thread(ask, contextvars.copy_context()))
+        assert begun.wait(DEADLINE)
+
+    async def use_async() -> None:
+        async with scope:
+            use()
+
+    if kind == "async":
+        asyncio.run(use_async())
+    else:
+        with scope:
+            use()
+    return threads[0]
+
+
 class TestThreadsAtTheMomentOfClosing:
     """Promises 6, 13 and 24: nothing that a thread sets up meanwhile is lost."""
 
@@ -791,25 +818,12 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            async def stop(self, lifetime: Any) -> BaseException | None:
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
                 threading.Timer(0.01, go_on.set).start()
-                return await super().stop(lifetime)
+                await super().stop(lifetime, problems)
 
-        async def of_async_code() -> None:
-            async with Closing("the request scope"):
-                base()
-                threads.append(in_thread(ask, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
-
-        threads: list[threading.Thread] = []
-        if kind == "async":
-            asyncio.run(of_async_code())
-        else:
-            with Closing("the request scope"):
-                base()
-                threads.append(in_thread(ask, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
-        threads[0].join(DEADLINE)
+        thread = closed_beside_a_thread(kind, Closing("the request scope"), base, ask, begun)
+        thread.join(DEADLINE)
         assert log == ["late", "base"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
@@ -847,26 +861,13 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            async def stop(self, lifetime: Any) -> BaseException | None:
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
                 closing.set()
                 threading.Timer(0.05, go_on.set).start()
-                return await super().stop(lifetime)
+                await super().stop(lifetime, problems)
 
-        async def of_async_code() -> None:
-            async with Closing("the request scope"):
-                base()
-                threads.append(in_thread(use, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
-
-        threads: list[threading.Thread] = []
-        if kind == "async":
-            asyncio.run(of_async_code())
-        else:
-            with Closing("the request scope"):
-                base()
-                threads.append(in_thread(use, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
-        threads[0].join(DEADLINE)
+        thread = closed_beside_a_thread(kind, Closing("the request scope"), base, use, begun)
+        thread.join(DEADLINE)
         assert log == ["user", "base"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
@@ -893,23 +894,10 @@ class TestThreadsAtTheMomentOfClosing:
             with pytest.raises(ScopeClosedError):
                 late()
 
-        async def of_async_code() -> None:
-            async with request_scope():
-                base()
-                threads.append(in_thread(ask, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
-
-        threads: list[threading.Thread] = []
-        if kind == "async":
-            asyncio.run(of_async_code())
-        else:
-            with request_scope():
-                base()
-                threads.append(in_thread(ask, contextvars.copy_context()))
-                assert begun.wait(DEADLINE)
+        thread = closed_beside_a_thread(kind, request_scope(), base, ask, begun)
         assert log == ["base"]
         go_on.set()
-        threads[0].join(DEADLINE)
+        thread.join(DEADLINE)
         assert log == ["base", "late"]
 
 

@@ -152,6 +152,7 @@ async def view() -> None:
     reveal_type(settings())  # dict[str, int]
     reveal_type(await maybe())  # Connection | None
     reveal_type(current_scope().is_open)  # bool
+    reveal_type(current_scope().request)  # HttpRequest | None
     async with request_scope() as scope:
         reveal_type(scope)  # RequestScope
     async with lifespan_scope() as lifespan:
@@ -268,10 +269,10 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 35
+    assert len(expected) == 36
 
     def plain(name: str) -> str:
-        return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+)\.", "", name)
+        return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+|django\.http\.request)\.", "", name)
 
     assert {number: plain(name) for number, name in found.items()} == expected
 

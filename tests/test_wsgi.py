@@ -1014,11 +1014,11 @@ def test_what_was_set_up_before_a_fork_is_the_parents_alone():
 def test_the_child_does_not_wait_for_a_thread_that_only_the_parent_has():
     said = run_forks(
         "import signal, threading, warnings\n"
-        "from scoped.core import lifespan, record, scope\n"
+        "from scoped.core import books, lifespan, record\n"
         "warnings.simplefilter('ignore')  # Python's own, of forks beside threads\n"
         "held, go_on = threading.Event(), threading.Event()\n"
         "def hold():\n"
-        "    with scope._lock, record._lock, lifespan._lock:\n"
+        "    with books._lock, record._lock, lifespan._lock:\n"
         "        held.set()\n"
         "        go_on.wait()\n"
         "threading.Thread(target=hold).start()\n"

@@ -10,7 +10,7 @@ from scoped.core import release as releases
 from scoped.core.current import current, scope_here
 from scoped.core.first_use import get, get_nowait, get_sync
 from scoped.core.lookup import scope_for
-from scoped.core.resource import Lifetime, Resource
+from scoped.core.resource import LIFESPAN, Resource
 
 __all__ = ["async_access", "sync_access"]
 
@@ -74,12 +74,12 @@ def async_access(resource: Resource[Any]) -> Any:
         nonlocal resource
         resource = other
 
-    if resource.lifetime is Lifetime.LIFESPAN:
+    if resource.lifetime is LIFESPAN:
         access: Any = of_lifespan if _BY_LOOP else of_lifespan_by_thread
     else:
         access = of_request if _BY_LOOP else of_request_by_thread
     access.get_nowait, access.stand_in = nowait, stand_in
-    if resource.lifetime is not Lifetime.LIFESPAN:
+    if resource.lifetime is not LIFESPAN:
         access.release = release
     return access
 
@@ -109,8 +109,8 @@ def sync_access(resource: Resource[Any]) -> Any:
         nonlocal resource
         resource = other
 
-    access: Any = of_lifespan if resource.lifetime is Lifetime.LIFESPAN else of_request
+    access: Any = of_lifespan if resource.lifetime is LIFESPAN else of_request
     access.stand_in = stand_in
-    if resource.lifetime is not Lifetime.LIFESPAN:
+    if resource.lifetime is not LIFESPAN:
         access.release = release
     return access

@@ -15,7 +15,7 @@ from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
 from scoped.core.keyed import keyed_async_access, keyed_sync_access
 from scoped.core.lifespan import eager, lifespans
-from scoped.core.resource import Lifetime, Resource
+from scoped.core.resource import LIFESPAN, REQUEST, RESPONSE, Lifetime, Resource
 
 __all__ = [
     "AsyncRequestResource",
@@ -217,7 +217,7 @@ def request_scoped(
     """
     if until not in (None, "response"):
         raise ValueError(f"until is {until!r}. Leave it out, or make it 'response'.")
-    lifetime = Lifetime.REQUEST if until is None else Lifetime.RESPONSE
+    lifetime = REQUEST if until is None else RESPONSE
     options = ['until="response"'] * (until is not None) + ["keyed=True"] * keyed
     made_by = "request_scoped" + f"({', '.join(options)})" * bool(options)
     declare = partial(_declare, made_by=made_by, lifetime=lifetime, keyed=keyed)
@@ -246,7 +246,7 @@ def lifespan_scoped(factory: Callable[[], Any] | None = None, /, *, eager: bool 
     installed app is, where ``scoped`` is in ``INSTALLED_APPS``.
     """
     made_by = "lifespan_scoped(eager=True)" if eager else "lifespan_scoped"
-    declare = partial(_declare, made_by=made_by, lifetime=Lifetime.LIFESPAN, is_eager=eager)
+    declare = partial(_declare, made_by=made_by, lifetime=LIFESPAN, is_eager=eager)
     return declare if factory is None else declare(factory)
 
 

@@ -24,7 +24,7 @@ from scoped.core.errors import (
 )
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
 from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
-from scoped.core.resource import Lifetime
+from scoped.core.resource import LIFESPAN
 from scoped.core.waits import running_loop
 
 if TYPE_CHECKING:
@@ -44,15 +44,14 @@ _PATIENCE = 10.0
 def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]":
     """For ``await``: the value of an async resource, set up now if need be."""
     if (
-        scope.owns_set_ups
-        and resource not in scope.records
+        resource not in scope.records
+        and scope.owns_set_ups
         and scope.owner is asyncio.current_task()
-        and scope.takes(resource)
-    ):
-        here = current.get()
-        if here is scope:  # the most frequent case by far, and all that begin() would do in it
-            record = scope.records[resource] = Record(resource, scope)
-            return _set_up(record)
+    ):  # the most frequent case by far, which waits for nobody
+        asker = asker_here()
+        record, is_new = scope.begin(resource, asker)
+        if is_new:
+            return _set_up(record, asker)
     return _get(scope, resource)
 
 
@@ -67,7 +66,7 @@ async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
             except AttributeError:
                 pass
         if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():
-            return await _set_up_needed(record, asker)
+            return await _set_up(record, asker)
         outcome = await _wait(record, asker, is_new)
         if outcome is not None and _is_for(outcome, record, is_new):
             try:
@@ -84,16 +83,6 @@ def _is_for(outcome: Outcome, record: Record, is_new: bool) -> bool:
     if not is_new and not isinstance(outcome.error, Exception):
         return False
     return record.scope.is_open or isinstance(outcome.error, ScopeClosedError)
-
-
-async def _set_up_needed(record: Record, asker: Record | None) -> Any:
-    if asker is None:
-        return await _set_up(record)
-    asker.need(record, record)
-    try:
-        return await _set_up(record, asker.resource)
-    finally:
-        asker.got(record)
 
 
 async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome | None:
@@ -114,7 +103,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
         if is_new:
             record.place = keeper = Keeper(record)
             asked_by = None if asker is None else asker.resource
-            keeper.start(lambda new: _set_up(new, asked_by), record.scope.context())
+            keeper.start(lambda new: _set_up(new, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
             return None
         elif getattr(AsyncToSync.executors, "current", None) is not None:
@@ -156,11 +145,19 @@ def _is_of_another_task(asker: Record) -> bool:
     return task is not keeper and contexts[0] is not None and contexts[0] is contexts[1]
 
 
-async def _set_up(record: Record, asked_by: "Resource[Any] | None" = None) -> Any:
-    """An async factory, here: in the owner's task, or in a keeper's."""
+async def _set_up(
+    record: Record, asker: Record | None, asked_by: "Resource[Any] | None" = None
+) -> Any:
+    """
+    An async factory, here: in a keeper's task; or in the owner's, where the asker, a factory that
+    runs in this task, waits for it.
+    """
     scope = record.scope
     began = 0.0 if observer.observer is None else perf_counter()
     outer = current.get()
+    if asker is not None:
+        asker.need(record, record)
+        asked_by = asker.resource
     current.set(record)
     try:
         generator, coming = record.resource.start()
@@ -182,6 +179,8 @@ async def _set_up(record: Record, asked_by: "Resource[Any] | None" = None) -> An
         # Where the garbage collector has ended this, it is somebody else's Context.
         if current.get() is record:
             current.set(outer)
+        if asker is not None:
+            asker.got(record)
     if began:
         _tell(record, began, None, asked_by)
     return value
@@ -343,7 +342,7 @@ def _start_in(context: "Context", record: Record) -> tuple[Any, Any]:
     scope, resource, place = record.scope, record.resource, record.place
     assert isinstance(place, Thread)
     context.run(current.set, record)
-    if not resource.factory.is_generator or resource.lifetime is not Lifetime.LIFESPAN:
+    if not resource.factory.is_generator or resource.lifetime is not LIFESPAN:
         return _start(context, resource)
     if get_ident() == scope.thread:
         return _start(context, resource)

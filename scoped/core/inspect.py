@@ -74,8 +74,7 @@ def _with_subclasses(kind: type[Scope]) -> Iterator[type[Scope]]:
 
 
 def _is_open(scope: Scope) -> bool:
-    # Another thread may be at its __init__, or in the middle of opening it.
-    return getattr(scope, "is_open", False) and scope.opened > 0
+    return getattr(scope, "is_open", False)  # another thread may be at its __init__
 
 
 def picture(scope: Scope, now: float) -> OpenScope:

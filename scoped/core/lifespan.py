@@ -3,7 +3,6 @@ The lifespan: what lives as long as the server, one for each event loop.
 """
 
 import asyncio
-import atexit
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -15,8 +14,9 @@ from typing import Any, Self
 from scoped.core.current import current
 from scoped.core.names import few
 from scoped.core.record import Record
-from scoped.core.resource import Lifetime
+from scoped.core.resource import LIFESPAN
 from scoped.core.scope import Scope
+from scoped.core.unserved import Stay
 from scoped.core.waits import (
     ForkSafeLock,
     current_task,
@@ -47,9 +47,12 @@ class LifespanScope(Scope):
     so has claimed it: nobody can join it any more, and that one closes it.
     """
 
-    __slots__ = ("_around", "_base", "_holders", "_idle", "_is_claimed", "_requests", "is_parents")
+    __slots__ = (
+        *("_around", "_base", "_holders", "_idle", "_is_claimed", "_requests", "_stay"),
+        "is_parents",
+    )
 
-    lifetime = Lifetime.LIFESPAN
+    lifetime = LIFESPAN
 
     def __init__(self, base: Context) -> None:
         super().__init__("the lifespan")
@@ -57,13 +60,14 @@ class LifespanScope(Scope):
         self._holders = 0
         self._requests: set[Scope] = set()
         self._is_claimed = False
+        self._stay: Stay | None = None
         # What its last holder waits for, and the requests around it, for which it does not wait.
         self._idle: asyncio.Future[None] | None = None
         self._around: set[Scope] = set()
         self.is_parents = False  # that of the process which this one was forked from
         self.lifespan = self
         base.run(self._open, running_loop(), current_task())
-        self._previous = None  # nobody leaves it: its Context is its own
+        self.around = None  # nobody leaves it: its Context is its own
 
     def tell_of_opening(self) -> None:
         self._base.run(super().tell_of_opening)
@@ -80,7 +84,7 @@ class LifespanScope(Scope):
 
     def withdraw(self) -> None:
         """Another thread's is the lifespan: nobody is to see this one among what is open."""
-        self._state = "closed"
+        self.is_open, self._state = False, "closed"
 
     @classmethod
     def hold(cls) -> "LifespanScope":
@@ -189,7 +193,7 @@ class LifespanScope(Scope):
             if (idle := self._idle) is not None:
                 closes = False  # who waits does that
                 if self._requests <= self._around:
-                    self._in_loop(set_done, idle)
+                    self.in_loop(set_done, idle)
             else:
                 closes = not self._requests and self._claim()
                 if closes:
@@ -199,7 +203,7 @@ class LifespanScope(Scope):
     async def part(self, request: Scope, *, by_sync_code: bool) -> None:
         if self._part(request):
             if by_sync_code and self.loop is not None:
-                self._in_loop(self._close_later)
+                self.in_loop(self._close_later)
             else:
                 await self.close()
 
@@ -209,9 +213,9 @@ class LifespanScope(Scope):
             if self.loop is None:
                 run_without_loop(self.close())
             else:
-                self._in_loop(self._close_later)
+                self.in_loop(self._close_later)
 
-    def _in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
+    def in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
         if running_loop() is self.loop:
             callback(*arguments)
         else:
@@ -222,51 +226,14 @@ class LifespanScope(Scope):
         self.owner = asyncio.create_task(self.close())
 
     def stay(self) -> None:
-        """
-        Outlive the requests: the server has no lifespan protocol to say when it
-        ends (daphne, WSGI). Ends with the event loop's tasks, or the process.
-        """
+        """Outlive the requests, where no server says when it ends."""
         with _lock:
             self._holders += 1
-        if self.loop is not None:
-            self._in_loop(self._wait_for_the_end)
-        atexit.register(self._close_at_exit)
-
-    def tell_of_no_server(self) -> None:
-        logger.warning(
-            "A request needs the lifespan, and the server has not begun one: it begins now, and "
-            "ends with the event loop, if the server lets that end. Have the server speak ASGI's "
-            "lifespan protocol (not `uvicorn --lifespan off`); have an application that mounts "
-            "this one pass its lifespan on, or hold `async with lifespan_scope():` in its own. "
-            "daphne has none: there it ends at the interpreter's exit."
-        )
-
-    def _close_at_exit(self) -> None:
-        """
-        daphne stops the event loop without a word to its tasks. Run it on, for the
-        requests that were cancelled and for what the lifespan holds.
-        """
-        loop, waiting = self.loop, self.owner
-        if loop is None:
-            run_without_loop(self.close())
-            return
-        if waiting is None or waiting.done() or loop.is_closed() or loop.is_running():
-            return
-        waiting.cancel()
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(waiting)
-
-    def _wait_for_the_end(self) -> None:
-        self.owner = self.context().run(asyncio.create_task, self._close_at_end())
-
-    async def _close_at_end(self) -> None:
-        try:
-            await asyncio.get_running_loop().create_future()
-        finally:
-            await self.drop()
+        self._stay = Stay(self)
 
     async def _closed(self) -> None:
-        atexit.unregister(self._close_at_exit)
+        if self._stay is not None:
+            self._stay.over()
         with _lock:
             _forget(self)
 
@@ -275,10 +242,11 @@ class LifespanScope(Scope):
         In a process that was forked: what it holds is in use in the other one, and a
         connection, say, must neither be used from both nor be closed here.
         """
-        atexit.unregister(self._close_at_exit)
+        if self._stay is not None:
+            self._stay.over()
         _keep_for_ever(list(self.records.values()))
         self.records, self.ending = {}, None
-        self._state = "closed"
+        self.is_open, self._state = False, "closed"
         self.is_parents = True
 
 

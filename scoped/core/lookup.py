@@ -7,7 +7,7 @@ from scoped.core.errors import LifetimeError, NoScopeError, ScopeClosedError
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.record import STARTING, Record
 from scoped.core.request import RequestScope
-from scoped.core.resource import Lifetime
+from scoped.core.resource import LIFESPAN, RESPONSE
 from scoped.core.waits import running_loop
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ def scope_for(resource: "Resource[Any]") -> "Scope":
     """The scope that holds, or is to hold, the resource's value; raises where there is none."""
     here = current.get()
     scope = here.scope if isinstance(here, Record) else here
-    if resource.lifetime is Lifetime.LIFESPAN:
+    if resource.lifetime is LIFESPAN:
         return _lifespan_for(resource, scope)
     if isinstance(scope, RequestScope):
-        if resource.lifetime is Lifetime.RESPONSE:
+        if resource.lifetime is RESPONSE:
             scope.check_response(resource)
         return scope
     if isinstance(here, Record):

@@ -9,9 +9,10 @@ from scoped.core import observer
 from scoped.core.calls import in_scope
 from scoped.core.errors import NoScopeError, ScopeClosedError, TeardownError
 from scoped.core.lifespan import LifespanScope, lifespans
-from scoped.core.resource import Lifetime
+from scoped.core.resource import REQUEST, RESPONSE
 from scoped.core.scope import Scope
 from scoped.core.teardown import end_all, raise_all
+from scoped.core.unserved import tell_of_no_server
 from scoped.core.waits import current_task, run_without_loop, running_loop
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ R = TypeVar("R")
 class RequestScope(Scope):
     __slots__ = ()
 
-    lifetime = Lifetime.REQUEST
+    lifetime = REQUEST
     owns_set_ups = True
     tells_own_cancellation = True
     expects_lifespan = False  # of the server
@@ -44,8 +45,8 @@ class RequestScope(Scope):
     @property
     def has_boundary(self) -> bool:
         """Whether anything in it lives until the response."""
-        for record in list(self.records.values()):
-            if record.resource.lifetime is Lifetime.RESPONSE:
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.resource.lifetime is RESPONSE:
                 return True
         return False
 
@@ -76,9 +77,10 @@ class RequestScope(Scope):
 
     async def _end_response(self) -> None:
         problems: list[BaseException] = []
-        if self._is_busy() and (cancellation := await self.stop(Lifetime.RESPONSE)):
-            problems.append(cancellation)
-        await end_all(self, Lifetime.RESPONSE, self.failure, problems)
+        if self.is_busy:
+            await self.stop(RESPONSE, problems)
+        for rest in end_all(self, RESPONSE, self.failure, problems):
+            await rest
         if problems:
             raise_all(self, problems)
 
@@ -98,7 +100,7 @@ class RequestScope(Scope):
         return self
 
     def _find_lifespan(self) -> None:
-        lifespan = None if self._previous is None else self._previous.scope.lifespan
+        lifespan = None if self.around is None else self.around.scope.lifespan
         if (
             lifespan is None
             or not lifespan.is_open
@@ -124,7 +126,7 @@ class RequestScope(Scope):
                     if self.served:
                         lifespan.stay()
                         if self.expects_lifespan:
-                            lifespan.tell_of_no_server()
+                            tell_of_no_server()
                     lifespan.tell_of_opening()
                 # Since the look another thread may have closed the request, and not seen that.
                 if not self.is_open:
@@ -159,7 +161,7 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if (rest := self.begin_close(exc)) is not None:
+            for rest in self.begin_close(exc):
                 await rest
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):

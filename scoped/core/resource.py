@@ -10,7 +10,7 @@ from weakref import WeakSet
 from scoped.core.errors import FactoryError
 from scoped.core.factory import Factory
 
-__all__ = ["KeyedResource", "Lifetime", "Resource"]
+__all__ = ["LIFESPAN", "REQUEST", "RESPONSE", "KeyedResource", "Lifetime", "Resource"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -24,6 +24,10 @@ class Lifetime(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
+
+
+# For what is looked at with each use: a name of the module's own is found at once.
+RESPONSE, REQUEST, LIFESPAN = Lifetime
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, weakref_slot=True)

@@ -1,27 +1,9 @@
-"""
-``Scope``: the books of one request, or of one lifespan. Which resource is in which state, who
-may come, and the end of all of it.
-
-What a request's scope holds while a view asks for ``db``, whose factory asks for ``user``::
-
-    records
-    {}                                     opened
-    {db: STARTING}                         db's factory runs
-    {db: STARTING, user: STARTING}         and asks for user
-    {db: STARTING, user: HELD (1)}         user's factory has yielded
-    {db: HELD (2), user: HELD (1)}         db's factory has yielded
-    {user: HELD (1)}                       closing: db is taken, and torn down
-    {}                                     closed
-
-The numbers are the order of completion: so a resource comes after all that its factory used, and
-the highest is torn down first.
-"""
+"""``Scope``: the life of what a request, or a server's lifespan, holds: from opening to end."""
 
 import asyncio
 import logging
 import warnings
-from collections.abc import Coroutine, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable, Iterator
 from contextvars import Context, copy_context
 from threading import get_ident
 from time import perf_counter
@@ -29,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from scoped.core import noted, observer
 from scoped.core.abandoned import dismiss
+from scoped.core.books import Books
 from scoped.core.current import current
-from scoped.core.errors import AsyncResourceError, LifetimeError, ScopeClosedError, TeardownError
-from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
-from scoped.core.resource import Lifetime
+from scoped.core.errors import AsyncResourceError, TeardownError
+from scoped.core.resource import LIFESPAN, Lifetime
 from scoped.core.teardown import (
     end_all,
     raise_all,
@@ -41,21 +23,21 @@ from scoped.core.teardown import (
     wait_for_others,
     wait_for_others_sync,
 )
-from scoped.core.waits import ForkSafeLock, current_task, running_loop
+from scoped.core.waits import current_task, running_loop
 
 if TYPE_CHECKING:
+    from django.http import HttpRequest  # for users' type checkers: nothing of it is used
+
     from scoped.core.lifespan import LifespanScope
+    from scoped.core.record import Record
     from scoped.core.resource import Resource
 
 __all__ = ["Scope"]
 
 logger = logging.getLogger("scoped")
 
-# Held while a table is made that more than one thread may want to make.
-_lock = ForkSafeLock()
 
-
-class Scope:
+class Scope(Books):
     """
     What ``request_scope()`` and ``current_scope()`` return. ``name`` says whose it is,
     ``is_open`` whether resources can be set up in it, ``request`` is Django's request
@@ -64,21 +46,15 @@ class Scope:
 
     __slots__ = (
         "__weakref__",
-        "_previous",
-        "_state",
-        "ending",
+        "around",
         "failure",
-        "has_responded",
         "lifespan",
         "loop",
         "name",
         "opened",
-        "owner",
-        "records",
         "request",
         "sync_only",
         "thread",
-        "version",
     )
 
     lifetime: ClassVar[Lifetime]
@@ -95,20 +71,17 @@ class Scope:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.records: dict[Resource[Any], Record] = {}
-        # What is being torn down and must be waited for, each with the record whose own teardown
-        # has released it, if so. Made when it is needed.
-        self.ending: dict[Record, Record | None] | None = None
-        self.version = 0  # changes when, during a release, anything is complete or used
         self._state = "new"
-        self._previous: Scope | Record | None = None
-        self.sync_only = False
+        self.is_open = self.has_responded = self.sync_only = False
+        self.records = {}
+        self.ending = self.owner = None
+        self.version = 0
+        # What was current where it was opened, while that is open.
+        self.around: Scope | Record | None = None
         self.failure: BaseException | None = None  # what ended it, for factories to see
         self.lifespan: LifespanScope | None = None
-        self.has_responded = False
-        self.request: Any = None  # Django's, where there is one
+        self.request: HttpRequest | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.owner: asyncio.Task[Any] | None = None
         self.opened = 0.0  # by perf_counter(), in seconds
         self.thread = 0  # that of its event loop, or of the sync code that opened it
 
@@ -119,18 +92,9 @@ class Scope:
         return f"<{type(self).__name__} {self.name!r}, {self._state}>"
 
     @property
-    def is_open(self) -> bool:
-        return self._state == "open"
-
-    @property
     def scope(self) -> "Scope":
         """Itself, as a record's scope is what the record belongs to."""
         return self
-
-    @property
-    def around(self) -> "Scope | Record | None":
-        """What was current where it was opened, while that is open."""
-        return self._previous
 
     def note_failure(self, failure: BaseException) -> None:
         """
@@ -140,128 +104,6 @@ class Scope:
         """
         if self.is_open and self.failure is None:
             self.failure = failure
-
-    # The books
-
-    def takes(self, resource: "Resource[Any]") -> bool:
-        """Whether it can be set up here, still."""
-        return self._state == "open" and not (
-            self.has_responded and resource.lifetime is Lifetime.RESPONSE
-        )
-
-    def begin(self, resource: "Resource[Any]", asker: Record | None) -> tuple[Record, bool]:
-        """
-        Its record, and whether that is new: then whoever has asked is to set it up. Atomic between
-        threads. Raises ScopeClosedError where the scope takes it no more, LifetimeError where it
-        would end before what asks for it.
-        """
-        record = self.records.get(resource)
-        if not self.takes(resource) and (record is None or record.state != HELD):
-            raise self.closed_error(resource)
-        if asker is not None and asker.resource.lifetime > resource.lifetime:
-            raise LifetimeError(
-                asker.resource, resource, str(asker.resource.lifetime), str(resource.lifetime)
-            )
-        is_new = False
-        if record is None:
-            new = Record(resource, self)
-            record = self.records.setdefault(resource, new)
-            is_new = record is new
-        if asker is not None and asker.scope is self:
-            asker.use(record)
-            if self.ending is not None:
-                self.version += 1
-        return record, is_new
-
-    def complete(self, record: Record, generator: Any, value: Any) -> bool:
-        """
-        Its value is there. False where the scope has closed meanwhile: then whoever has set it up
-        tears it down.
-        """
-        record.generator = generator
-        record.number = next_number()
-        record.value = value
-        record.state = HELD
-        if self.ending is not None:
-            self.version += 1
-        # Looked at when it is in: either the teardown finds it, or this finds the scope closed.
-        if (self._state != "open" or self.has_responded) and (
-            not self.takes(record.resource) and self.take_and_tell(record)
-        ):
-            return False
-        if record.waiters is not None:
-            record.settle(Outcome(value))
-        return True
-
-    def fail(self, record: Record, error: BaseException) -> None:
-        """It could not be set up. Nothing of it stays behind."""
-        if self.records.get(record.resource) is record:
-            del self.records[record.resource]
-        record.state = GONE
-        record.settle(Outcome(None, error, error.__traceback__))
-        record.gone()
-
-    def take(self, record: Record) -> bool:
-        """
-        From HELD to ENDING, for one taker alone, who then tears it down. All that there is to know
-        goes with the record, so no lock holds several tables together.
-        """
-        try:
-            del record.value
-        except AttributeError:
-            return False
-        record.state = ENDING
-        if self.records.get(record.resource) is record:
-            del self.records[record.resource]
-        return True
-
-    def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
-        """
-        As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
-        for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
-        """
-        self._table_of_ending()[record] = released_by
-        if self.take(record):
-            return True
-        if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
-            self.told_of_end(record)
-        return False
-
-    def told_of_end(self, record: Record) -> None:
-        """Its teardown is over."""
-        if self.ending is not None:
-            self.ending.pop(record, None)
-
-    def _table_of_ending(self) -> dict[Record, Record | None]:
-        if (ending := self.ending) is None:
-            with _lock:
-                if (ending := self.ending) is None:
-                    ending = self.ending = {}
-        return ending
-
-    @contextmanager
-    def ending_now(self, record: Record) -> Generator[None]:
-        """While it is being torn down: others wait for that, but not its own code."""
-        self._table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
-        try:
-            yield
-        finally:
-            self.told_of_end(record)
-
-    def closed_error(self, resource: "Resource[Any]") -> ScopeClosedError:
-        if not (self.has_responded and resource.lifetime is Lifetime.RESPONSE):
-            here = current.get()
-            in_teardown = (isinstance(here, Record) and here.state == ENDING) or (
-                self._state == "closing" and self.owner is current_task()
-            )
-            return ScopeClosedError(resource, self, in_teardown=in_teardown)
-        return ScopeClosedError(
-            resource,
-            f"{self} until its response",
-            "It lives until the response, so it is torn down before the first byte: use it in "
-            "the view or in middleware, not in a streaming body; or declare it without "
-            'until="response".',
-        )
 
     # Who may come
 
@@ -311,9 +153,10 @@ class Scope:
         self.owner = owner
         self.thread = get_ident()
         self.opened = perf_counter()
+        self.is_open = True
         previous = current.get()
         if previous is not None and previous.is_open:
-            self._previous = previous
+            self.around = previous
         current.set(self)
         if noted.scopes is not None:
             noted.note(self)
@@ -325,8 +168,8 @@ class Scope:
 
     def leave(self) -> None:
         """Make the scope around this one current again, if it is still open."""
-        previous = self._previous
-        self._previous = None
+        previous = self.around
+        self.around = None
         if current.get() is self:
             # Not by token: those are bound to one Context, and this may be another.
             current.set(previous if previous is not None and previous.is_open else None)
@@ -340,78 +183,74 @@ class Scope:
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
-        if (rest := self.begin_close(failure)) is not None:
+        for rest in self.begin_close(failure):
             await rest
 
-    def begin_close(self, failure: BaseException | None = None) -> Coroutine[Any, Any, None] | None:
+    def begin_close(self, failure: BaseException | None = None) -> Iterable[Awaitable[None]]:
         """
-        Close it, without a coroutine where nothing has used it. Returns what is to be awaited for
-        the rest, if that was not all.
+        Close it. Returns what is to be awaited then, one after the other: nothing where nothing
+        has used it.
         """
         if not self.begin_to_close():
-            return None
+            return ()
         if self.records or self.ending or self.lifespan:
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
-        return None
+        return ()
 
     def begin_to_close(self) -> bool:
         """
         Whether it is for the caller to close it. From now on nothing new is kept; so what is
         found after this, and not before it, is all.
         """
-        if self._state != "open":
+        if not self.is_open:
             return False
+        self.is_open = False
         self._state = "closing"
         return True
 
-    async def _close(self, failure: BaseException | None) -> None:
+    def _close(self, failure: BaseException | None) -> Iterator[Awaitable[None]]:
+        """What is to be awaited, one after the other, none of which raises; raises at its end."""
         if self.failure is None:
             self.failure = failure
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if self._is_busy() and (cancellation := await self.stop(Lifetime.LIFESPAN)):
-                problems.append(cancellation)
-            await end_all(self, Lifetime.LIFESPAN, failure, problems)
+            if self.is_busy:
+                yield self.stop(LIFESPAN, problems)
+            yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
-        del failure
+        del failure  # no cycle of it and this frame
         if self.lifespan is not None:
-            try:
-                await self._closed()
-            except TeardownError as error:
-                problems.extend(error.exceptions)
-            except BaseException as error:
-                problems.append(error)
+            yield self._leave_lifespan(problems)
         if problems:
             raise_all(self, problems)
 
-    def _is_busy(self) -> bool:
-        """Whether anything is being set up or torn down, which the end has to wait for."""
-        if self.ending:
-            return True
-        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
-            if record.state != HELD:
-                return True
-        return False
+    async def _leave_lifespan(self, problems: list[BaseException]) -> None:
+        try:
+            await self._closed()
+        except TeardownError as error:
+            problems.extend(error.exceptions)
+        except BaseException as error:
+            problems.append(error)
 
-    async def stop(self, lifetime: Lifetime) -> BaseException | None:
+    async def stop(self, lifetime: Lifetime, problems: list[BaseException]) -> None:
         """Let set-ups, and what is being released, come to their end."""
         if self.sync_only or running_loop() is None:
             stop_set_ups_sync(self, lifetime)
             wait_for_others_sync(self, self.teardown_timeout)
-            return None
-        cancellation: BaseException | None = await stop_set_ups(self, lifetime)
+            return
+        if (cancellation := await stop_set_ups(self, lifetime)) is not None:
+            problems.append(cancellation)
         while self.ending:
             try:
                 await wait_for_others(self)
             except asyncio.CancelledError as error:
-                cancellation = error
+                problems.append(error)
             else:
                 break
-        return cancellation
 
-    def _let_go(self, failure: BaseException | None = None) -> None:
+    def _let_go(self, failure: BaseException | None) -> None:
         """Closed; of what has been, nothing is kept."""
         self._state = "closed"
         if (told := observer.observer) is not None:
@@ -421,7 +260,7 @@ class Scope:
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.
-            self._previous = None
+            self.around = None
 
     def __del__(self) -> None:
         if getattr(self, "_state", "new") == "open" and self.records:

@@ -4,7 +4,7 @@ cancelled on the way. Problems are collected, and raised once.
 """
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterator
 from threading import get_ident
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -107,15 +107,15 @@ def _ended(
         told.resource_torn_down(resource, scope, perf_counter() - began, error)
 
 
-async def end_all(
+def end_all(
     scope: "Scope",
     lifetime: "Lifetime",
     failure: BaseException | None,
     problems: list[BaseException],
-) -> None:
+) -> Iterator[Awaitable[None]]:
     """
     Tear down what the scope holds that lives no longer than that: what lives until the response
-    before the rest, and last complete first.
+    before the rest, and last complete first. Gives what is to be awaited in between.
     """
     # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
     while scope.records and (
@@ -132,10 +132,9 @@ async def end_all(
             if scope.take(record):
                 rest = begin_end(record, failure, problems)
                 if rest is not None:
-                    await rest
-            # Another thread has it: what it uses goes after it.
-            elif (cancellation := await scope.stop(lifetime)) is not None:
-                problems.append(cancellation)
+                    yield rest
+            else:  # another thread has it: what it uses goes after it
+                yield scope.stop(lifetime, problems)
 
 
 def _order(record: Record) -> tuple[int, int]:
@@ -255,8 +254,8 @@ def wait_for_others_sync(scope: "Scope", seconds: float) -> bool:
 # What is raised
 
 
-def raise_all(scope: "Scope", problems: Iterable[BaseException]) -> NoReturn:
-    """A reason to stop bare, if there is one; else the errors, as a group."""
+def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
+    """A reason to stop bare, if there is one; else the errors, as a group. Empties the list."""
     errors: list[Exception] = []
     fatal: BaseException | None = None
     for problem in problems:
@@ -265,6 +264,7 @@ def raise_all(scope: "Scope", problems: Iterable[BaseException]) -> NoReturn:
         # The later one counts, but no cancellation hides a KeyboardInterrupt.
         elif fatal is None or isinstance(fatal, asyncio.CancelledError):
             fatal = problem
+    problems.clear()  # no cycle of what is raised and the frames that it leaves
     try:
         if fatal is None:
             raise TeardownError(scope, errors)
@@ -272,4 +272,4 @@ def raise_all(scope: "Scope", problems: Iterable[BaseException]) -> NoReturn:
             scope.log(TeardownError(scope, errors))
         raise fatal
     finally:
-        del fatal, errors, problems
+        del fatal, errors

@@ -11,6 +11,8 @@ from typing import Any
 
 from asgiref.sync import AsyncToSync, sync_to_async
 
+from scoped.core.names import printable_repr
+
 __all__ = [
     "ForkSafeLock",
     "current_task",
@@ -129,7 +131,7 @@ _late: set[asyncio.Task[None]] = set()
 def _ended_late(task: "asyncio.Task[None]") -> None:
     _late.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("In the thread for sync code, late: %r", error, exc_info=error)
+        logger.error("In the thread for sync code, late: %s", printable_repr(error), exc_info=error)
 
 
 def do_for(done: "Future[None]", work: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ class _BackgroundScope(RequestScope):
         self.go: asyncio.Future[None] | None = None  # to wait for before it begins
         self.task: asyncio.Task[None] | None = None
         self.open()
-        self._previous = None  # it is not to be current again, nor kept
+        self.around = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":
         if self.task is not None:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 
+from scoped.core.names import printable_repr
 from scoped.core.scope import Scope
 from scoped.core.waits import hop, outlast
 from scoped.serving.threads import LentThread
@@ -74,7 +75,7 @@ def _late(work: Callable[[], None], what: str) -> None:
     try:
         work()
     except Exception as error:
-        logger.error("%s, late: %r", what, error, exc_info=error)
+        logger.error("%s, late: %s", what, printable_repr(error), exc_info=error)
 
 
 def _too_long(what: str, seconds: float) -> TimeoutError:

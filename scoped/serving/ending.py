@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from django.http.response import HttpResponseBase
 
+from scoped.core.names import printable_repr
 from scoped.serving.bounds import in_time
 
 __all__ = [
@@ -35,7 +36,7 @@ async def drop_stream(response: Any, whose: object) -> None:
     try:
         await close_stream(response, whose)
     except Exception as error:
-        logger.error("While a stream was dropped: %r", error, exc_info=error)
+        logger.error("While a stream was dropped: %s", printable_repr(error), exc_info=error)
 
 
 def in_place_of(response: Any, page: Any) -> Any:

@@ -34,7 +34,7 @@ from scoped.serving.ending import (
     in_place_of,
 )
 from scoped.serving.handler import page_in_thread
-from scoped.serving.receivers import TIDY, close, end_response, open_scope
+from scoped.serving.receivers import TIDY, end, end_response, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -311,8 +311,8 @@ class Exchange:
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
             await self.attempt(self.call_async(receiver))
-        if (rest := request_scope.begin_close()) is not None:
-            await self.attempt(close(rest))
+        if closing := request_scope.begin_close():
+            await self.attempt(end(closing))
         if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
             what = f"A receiver of request_finished, or the response's close(), of {request_scope}"

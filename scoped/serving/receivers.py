@@ -10,7 +10,7 @@ run tasks in other people's requests, and its AsyncClient fail on streams.
 import asyncio
 import logging
 import sys
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Iterable
 from functools import cache, wraps
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -35,9 +35,9 @@ from scoped.serving.threads import connection_made
 __all__ = [
     "TIDY",
     "Listeners",
-    "close",
     "connect",
     "connect_handler",
+    "end",
     "end_response",
     "note_failure",
     "open_scope",
@@ -150,10 +150,15 @@ def open_scope(handler: type, scope: dict[str, Any]) -> RequestScope:
     return scope_class(_name(scope["method"], scope["path"])).open()
 
 
-async def close(closing: Coroutine[Any, Any, None]) -> None:
-    """Await it; what fails then is logged, for the response has been sent."""
+async def close(scope: RequestScope) -> None:
+    await end(scope.begin_close())
+
+
+async def end(closing: Iterable[Awaitable[None]]) -> None:
+    """The rest of closing a scope; what fails is logged, for the response has been sent."""
     try:
-        await closing
+        for rest in closing:
+            await rest
     except TeardownError as error:
         logger.error("%s", error, exc_info=error)
 
@@ -198,16 +203,16 @@ def close_foreign(*, sender: Any, **kwargs: Any) -> None:
         return
     scope.leave()
     if scope.can_close_without_loop:
-        if (rest := scope.begin_close()) is not None:
-            run_without_loop(close(rest))
+        if closing := scope.begin_close():
+            run_without_loop(end(closing))
         return
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        async_to_sync(close)(scope.close())
+        async_to_sync(close)(scope)
     else:
         # Django's AsyncClient closes a stream from sync code in the event loop's thread.
-        task = loop.create_task(close(scope.close()))
+        task = loop.create_task(close(scope))
         _closing.add(task)
         task.add_done_callback(_closing.discard)
 

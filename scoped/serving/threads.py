@@ -39,6 +39,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
+from scoped.core.names import printable_repr
 from scoped.core.place import thread_here
 from scoped.core.scope import Scope
 from scoped.core.waits import do_for, outlast
@@ -137,7 +138,9 @@ class _Worker:
             if future is not None:
                 _answer(future, result, failure)
             elif failure is not None:
-                logger.error("In the thread for sync code: %r", failure, exc_info=failure)
+                logger.error(
+                    "In the thread for sync code: %s", printable_repr(failure), exc_info=failure
+                )
         finally:
             del work, future, failure  # no cycle with this frame
         return True
@@ -293,7 +296,7 @@ def _first(tidy: _Work | None, work: Callable[[], T]) -> T:
             if before is not None:
                 before()
         except Exception as error:
-            logger.error("Before a request's sync code: %r", error, exc_info=error)
+            logger.error("Before a request's sync code: %s", printable_repr(error), exc_info=error)
     return work()
 
 
@@ -350,7 +353,9 @@ def _close(connection: Any) -> None:
     try:
         connection.close()
     except Exception as error:
-        logger.warning("A database connection could not be closed: %r", error, exc_info=error)
+        logger.warning(
+            "A database connection could not be closed: %s", printable_repr(error), exc_info=error
+        )
 
 
 def tidy() -> None:

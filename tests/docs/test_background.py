@@ -20,8 +20,11 @@ log: list[str] = []
 
 
 class Connection:
+    go_on: asyncio.Event | None = None  # a server that takes its time
+
     async def send(self, text):
-        await asyncio.sleep(0.01)
+        if self.go_on is not None:
+            await self.go_on.wait()
         assert current_scope().request is None
         log.append(text)
 
@@ -57,12 +60,14 @@ def modules(project, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["views", "sync_views"])
-async def test_the_answer_does_not_wait_and_the_shutdown_does(modules, where):
+async def test_the_answer_does_not_wait_and_the_shutdown_does(modules, where, monkeypatch):
+    monkeypatch.setattr(Connection, "go_on", go_on := asyncio.Event())
     view = getattr(modules, where).register
     with assert_no_leaks(), urls(path("", view)):
         async with AsyncClient() as client:
             assert (await client.post("/", {"user": "ada"})).content == b"Welcome"
             assert "Welcome, ada" not in log
+            asyncio.get_running_loop().call_later(0.01, go_on.set)
     assert log == ["+db", "Welcome, ada", "-db"]
 
 

@@ -1,0 +1,181 @@
+"""
+``Books``: which resource is in which state, in one scope, and who may come.
+
+What a request's scope holds while a view asks for ``db``, whose factory asks for ``user``::
+
+    records
+    {}                                     opened
+    {db: STARTING}                         db's factory runs
+    {db: STARTING, user: STARTING}         and asks for user
+    {db: STARTING, user: HELD (1)}         user's factory has yielded
+    {db: HELD (2), user: HELD (1)}         db's factory has yielded
+    {user: HELD (1)}                       closing: db is taken, and torn down
+    {}                                     closed
+
+The numbers are the order of completion: so a resource comes after all that its factory used, and
+the highest is torn down first.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from scoped.core.current import current
+from scoped.core.errors import LifetimeError, ScopeClosedError
+from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
+from scoped.core.resource import RESPONSE
+from scoped.core.waits import ForkSafeLock, current_task
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from scoped.core.resource import Resource
+
+__all__ = ["Books"]
+
+# Held while a table is made that more than one thread may want to make.
+_lock = ForkSafeLock()
+
+
+class Books:
+    """One half of a scope: what it holds. The other is its life, ``Scope``, which opens them."""
+
+    __slots__ = ("_state", "ending", "has_responded", "is_open", "owner", "records", "version")
+
+    _state: str  # "new", "open", "closing" or "closed"
+    is_open: bool  # which is asked for all the time
+    has_responded: bool
+    owner: "asyncio.Task[Any] | None"  # which runs async factories inline
+    records: "dict[Resource[Any], Record]"
+    # What is being torn down and must be waited for, each with the record whose own teardown has
+    # released it, if so. Made when it is needed.
+    ending: dict[Record, Record | None] | None
+    version: int  # changes when, during a release, anything is complete or used
+
+    def takes(self, resource: "Resource[Any]") -> bool:
+        """Whether it can be set up here, still."""
+        return self.is_open and not (self.has_responded and resource.lifetime is RESPONSE)
+
+    def begin(self, resource: "Resource[Any]", asker: Record | None) -> tuple[Record, bool]:
+        """
+        Its record, and whether that is new: then whoever has asked is to set it up. Atomic between
+        threads. Raises ScopeClosedError where the scope takes it no more, LifetimeError where it
+        would end before what asks for it.
+        """
+        record = self.records.get(resource)
+        if not self.takes(resource) and (record is None or record.state != HELD):
+            raise self.closed_error(resource)
+        if asker is not None and asker.resource.lifetime > resource.lifetime:
+            raise LifetimeError(
+                asker.resource, resource, str(asker.resource.lifetime), str(resource.lifetime)
+            )
+        is_new = False
+        if record is None:
+            new = Record(resource, self)  # type: ignore[arg-type] # these are a Scope's
+            record = self.records.setdefault(resource, new)
+            is_new = record is new
+        if asker is not None and asker.scope is self:
+            asker.use(record)
+            if self.ending is not None:
+                self.version += 1
+        return record, is_new
+
+    def complete(self, record: Record, generator: Any, value: Any) -> bool:
+        """
+        Its value is there. False where the scope has closed meanwhile: then whoever has set it up
+        tears it down.
+        """
+        record.generator = generator
+        record.number = next_number()
+        record.value = value
+        record.state = HELD
+        if self.ending is not None:
+            self.version += 1
+        # Looked at when it is in: either the teardown finds it, or this finds the scope closed.
+        if (not self.is_open or self.has_responded) and (
+            not self.takes(record.resource) and self.take_and_tell(record)
+        ):
+            return False
+        if record.waiters is not None:
+            record.settle(Outcome(value))
+        return True
+
+    def fail(self, record: Record, error: BaseException) -> None:
+        """It could not be set up. Nothing of it stays behind."""
+        if self.records.get(record.resource) is record:
+            del self.records[record.resource]
+        record.state = GONE
+        record.settle(Outcome(None, error, error.__traceback__))
+        record.gone()
+
+    def take(self, record: Record) -> bool:
+        """
+        From HELD to ENDING, for one taker alone, who then tears it down. All that there is to know
+        goes with the record, so no lock holds several tables together.
+        """
+        try:
+            del record.value
+        except AttributeError:
+            return False
+        record.state = ENDING
+        if self.records.get(record.resource) is record:
+            del self.records[record.resource]
+        return True
+
+    def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+        """
+        As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
+        for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
+        """
+        self._table_of_ending()[record] = released_by
+        if self.take(record):
+            return True
+        if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
+            self.told_of_end(record)
+        return False
+
+    def told_of_end(self, record: Record) -> None:
+        """Its teardown is over."""
+        if self.ending is not None:
+            self.ending.pop(record, None)
+
+    def _table_of_ending(self) -> dict[Record, Record | None]:
+        if (ending := self.ending) is None:
+            with _lock:
+                if (ending := self.ending) is None:
+                    ending = self.ending = {}
+        return ending
+
+    @contextmanager
+    def ending_now(self, record: Record) -> Generator[None]:
+        """While it is being torn down: others wait for that, but not its own code."""
+        self._table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
+        try:
+            yield
+        finally:
+            self.told_of_end(record)
+
+    def closed_error(self, resource: "Resource[Any]") -> ScopeClosedError:
+        if not (self.has_responded and resource.lifetime is RESPONSE):
+            here = current.get()
+            in_teardown = (isinstance(here, Record) and here.state == ENDING) or (
+                self._state == "closing" and self.owner is current_task()
+            )
+            return ScopeClosedError(resource, self, in_teardown=in_teardown)
+        return ScopeClosedError(
+            resource,
+            f"{self} until its response",
+            "It lives until the response, so it is torn down before the first byte: use it in "
+            "the view or in middleware, not in a streaming body; or declare it without "
+            'until="response".',
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is being set up or torn down, which the end has to wait for."""
+        if self.ending:
+            return True
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.state != HELD:
+                return True
+        return False
