@@ -203,6 +203,36 @@ class TestWhoCancelsIsKnown:
         await turns()
         assert asyncio.all_tasks() == {asyncio.current_task()}  # not even one to watch over it
 
+    def test_a_scope_whose_owner_has_gone_ends_with_the_event_loop_though_no_keeper_waits_any_more(
+        self, log: list[str]
+    ) -> None:
+        kept = logged("kept", log)
+
+        @request_scoped
+        def plain() -> Iterator[str]:
+            try:
+                yield "plain"
+            finally:
+                time.sleep(0.05)
+                log.append("plain")
+
+        async def test() -> None:
+            await sync_to_async(plain)()
+            await kept()
+            await kept.release()
+            assert log == ["kept"]
+
+        async def program() -> None:
+            context = contextvars.copy_context()
+            # As a fixture does that forgets the end of it.
+            await asyncio.create_task(scope.__aenter__(), context=context)
+            await asyncio.create_task(test(), context=context)
+
+        scope = request_scope()
+        asyncio.run(program())
+        assert log == ["kept", "plain"]
+        assert repr(scope).endswith(", closed>")
+
     @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
     async def test_a_worker_that_dies_ends_no_lifespan(self, is_held: bool, log: list[str]) -> None:
         pool = logged("pool", log, declare=lifespan_scoped)
