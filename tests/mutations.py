@@ -893,6 +893,22 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a thread's set-up is given what is about to go",
+        (
+            "core/books",
+            "            if isinstance(asker.place, Thread) and not",
+            "            if False and not",
+        ),
+    ),
+    mutation(
+        "what a thread sets up with a lifespan's is not waited for",
+        (
+            "core/books",
+            "        if asker is not None:  # of this scope, or of a request that uses the lifespan's\n",
+            "        if asker is not None and asker.scope is self:\n",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

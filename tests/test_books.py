@@ -819,12 +819,13 @@ class TestThreadsAtTheMomentOfClosing:
         assert log == ["told"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
+    @pytest.mark.parametrize("declare", [request_scoped, lifespan_scoped])
     def test_what_a_thread_sets_up_with_what_is_there_is_waited_for(
-        self, kind: str, log: list[str]
+        self, declare: Any, kind: str, log: list[str]
     ) -> None:
         begun, go_on = threading.Event(), threading.Event()
 
-        @request_scoped
+        @declare
         def base() -> Iterator[str]:
             yield "base"
             log.append("base")
@@ -855,6 +856,43 @@ class TestThreadsAtTheMomentOfClosing:
         thread = closed_beside_a_thread(kind, Closing("the request scope"), base, ask, begun)
         thread.join(DEADLINE)
         assert log == ["late", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
+    @pytest.mark.parametrize("declare", [request_scoped, lifespan_scoped])
+    def test_what_a_thread_sets_up_is_not_given_what_is_about_to_go(
+        self, declare: Any, kind: str, log: list[str]
+    ) -> None:
+        begun, go_on, asked = threading.Event(), threading.Event(), threading.Event()
+
+        @declare
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def first_to_go() -> Iterator[str]:
+            yield base()
+            go_on.set()  # the scope closes, and has found that nobody uses it
+            assert asked.wait(DEADLINE)
+
+        @request_scoped
+        def late() -> str:
+            begun.set()
+            assert go_on.wait(DEADLINE)
+            try:
+                log.append(f"given {base()}")
+            finally:
+                asked.set()
+            return "late"
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                late()
+            log.append("refused")
+
+        thread = closed_beside_a_thread(kind, request_scope(), first_to_go, ask, begun)
+        thread.join(DEADLINE)
+        assert sorted(log) == ["base", "refused"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
     @pytest.mark.parametrize("how", ["released", "set up too late"])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from scoped.core.current import current
 from scoped.core.errors import LifetimeError, ScopeClosedError
+from scoped.core.place import Thread
 from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
 from scoped.core.resource import RESPONSE
 from scoped.core.waits import ForkSafeLock, current_task
@@ -74,10 +75,17 @@ class Books:
             new = Record(resource, self)  # type: ignore[arg-type] # these are a Scope's
             record = self.records.setdefault(resource, new)
             is_new = record is new
-        if asker is not None and asker.scope is self:
+        if asker is not None:  # of this scope, or of a request that uses the lifespan's
             asker.use(record)
             if self.ending is not None:
                 self.version += 1
+            # Noted before the look: either the end waits for the thread, or the thread sees the
+            # end, and uses nothing that goes meanwhile.
+            if isinstance(asker.place, Thread) and not asker.scope.takes(asker.resource):
+                error = asker.scope.closed_error(asker.resource)
+                if is_new:
+                    self.fail(record, error)
+                raise error
         return record, is_new
 
     def complete(self, record: Record, generator: Any, value: Any) -> bool:

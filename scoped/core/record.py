@@ -73,8 +73,8 @@ class Record:
         self.generator: Any = None
         # Where the generator lives, if not with the scope's owner.
         self.place: Keeper | Thread | None = None
-        # All that its factory has asked for in its own scope; what it waits for right now, by
-        # what waits. Noted on who asks: what lives long would else know every user it ever had.
+        # All that its factory has asked for; what it waits for right now, by what waits. Noted on
+        # who asks: what lives long would else know every user it ever had.
         self.uses: dict[Record, None] | None = None
         self.needs: dict[object, Record] | None = None
         # Who waits for its set-up, or for its end: futures of tasks, latches of threads.

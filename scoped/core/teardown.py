@@ -194,7 +194,7 @@ def stop_set_ups_sync(scope: "Scope", lifetime: "Lifetime") -> None:
 
 
 def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
-    """Sync set-ups under way in other threads that use what the scope holds."""
+    """Sync set-ups under way in other threads that use what is to end, or may end thereafter."""
     here = current.get()
     return [
         record
@@ -204,7 +204,10 @@ def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
         and place.ident != get_ident()
         and record.resource.lifetime <= lifetime
         and not _leads_to(record, here)
-        and any(used.state in (HELD, STARTING) for used in record.used)
+        and any(
+            used.state in (HELD, STARTING) and used.resource.lifetime <= lifetime
+            for used in record.used
+        )
     ]
 
 
