@@ -14,7 +14,7 @@ from benchmarks.contenders import Contender, async_exit_stack, by_hand, ours
 from benchmarks.measure import Outcome, interleave, pin, ratios, timed
 from benchmarks.memory import SCOPES, bytes_per_scope
 from benchmarks.peers import CANNOT, PEERS
-from benchmarks.questions import WORKS, Work
+from benchmarks.questions import REQUESTS, WORKS, Work
 from benchmarks.report import Machine, Question, summary, write
 from benchmarks.steps import STEPS
 
@@ -42,11 +42,11 @@ object is used, less those of tasks that only wait.
 
 Requests are `GET`s of "ok" from an async view, in a project without middleware, databases or
 receivers other than those named: the more a project does itself, the nearer to 1 its ratio.
-*stock* is Django's own ASGIHandler; its one resource is entered with `async with` in the view,
-which is the least it can cost. Each application has a process of its own. In process they are
-called as a server would, one after the other; under uvicorn (asyncio, httptools) {load} keeps
-{connections} connections busy on the loopback interface. FastAPI and Litestar are there for
-comparison: other frameworks, with other work per request."""
+*stock* is Django's own ASGIHandler, or WSGIHandler; its one resource is entered with `async with`
+in the view, which is the least it can cost. FastAPI's and Litestar's is a dependency that yields.
+Each application has a process of its own. In process they are called as a server would, one after
+the other; under uvicorn (asyncio, httptools) {load} keeps {connections} connections busy on the
+loopback interface."""
 
 STEPS_TEXT = """\
 One object in one scope again, in code that is written for this page only: the least that holds
@@ -55,10 +55,6 @@ after the other. `scoped` has all of them, and lifespans, threads, `release()` a
 signals too. The goals for scopes that are missed would need a step left out: most of all the
 ContextVar that is set, and set back, around each factory, by which a circle is found though it
 leads through child tasks, and the record by which other tasks wait for a set-up under way."""
-
-RECEIVER = """\
-The project has a sync receiver of its own, which must run in the request's thread. One resource is
-used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,23 +152,28 @@ class Run:
 
     async def ask_requests(self) -> None:
         plan = self.plan
-        in_process = partial(processes.in_process, n=plan.requests_each, repetitions=plan.requests)
-        answer = partial(self.answer, unit="stock", measure="rate")
-        title = "A request, in process"
-        for key, path, what in [
-            ("request", "/", "nothing used"),
-            ("request-one", "/one", "one resource used"),
-        ]:
-            figures = await in_process(project.APPLICATIONS, path)
-            answer(key, f"{title}, {what}", figures, goal=5.5)
-        for signal in ("request_started", "request_finished"):
-            figures = await in_process(["stock", "scoped"], "/one", receiver=signal)
-            key = signal.replace("_", "-")
-            answer(key, f"{title}, a sync receiver of {signal}", figures, goal=1.8, text=RECEIVER)
+        answer = partial(self.answer, measure="rate")
+        for request in REQUESTS:
+            figures = await processes.in_process(
+                request.applications,
+                request.path,
+                n=plan.requests_each,
+                repetitions=plan.requests,
+                kind=request.kind,
+            )
+            answer(
+                request.key,
+                f"A request, in process, {request.title}",
+                figures,
+                unit=request.unit,
+                goal=request.goal,
+                text=request.text,
+            )
         figures = await processes.under_uvicorn(
             project.APPLICATIONS, "/one", plan.uvicorn_seconds, plan.uvicorn
         )
-        answer("uvicorn", "A request under uvicorn, one resource used", figures, goal=3.0)
+        title = "A request under uvicorn, one resource used"
+        answer("uvicorn", title, figures, unit="FastAPI", goal=1.0)
 
     def able(self, kind: str) -> dict[str, Contender]:
         return {

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from time import perf_counter
@@ -49,7 +49,7 @@ async def _line(process: asyncio.subprocess.Process) -> str:
 
 
 async def _side_by_side(
-    applications: list[str],
+    applications: Iterable[str],
     options: list[str],
     figure: Callable[[asyncio.subprocess.Process, str], Awaitable[float]],
     repetitions: int,
@@ -63,7 +63,7 @@ async def _side_by_side(
 
 
 async def in_process(
-    applications: list[str], path: str, n: int, repetitions: int, receiver: str | None = None
+    applications: Iterable[str], path: str, n: int, repetitions: int, kind: str = ""
 ) -> dict[str, list[float]]:
     """Seconds for one request, one after the other."""
 
@@ -72,12 +72,11 @@ async def in_process(
             process.stdin.write(json.dumps([path, n]).encode() + b"\n")
         return float(await _line(process))
 
-    options = [] if receiver is None else ["--receiver", receiver]
-    return await _side_by_side(applications, options, figure, repetitions)
+    return await _side_by_side(applications, ["--kind", kind], figure, repetitions)
 
 
 async def under_uvicorn(
-    applications: list[str], path: str, seconds: int, repetitions: int
+    applications: Iterable[str], path: str, seconds: int, repetitions: int
 ) -> dict[str, list[float]]:
     """Seconds for one request, as a load generator with a CPU of its own sees it."""
     load = _wrk if LOAD_GENERATOR == "wrk" else _aiohttp

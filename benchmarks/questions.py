@@ -1,11 +1,11 @@
-"""The questions about scopes, and how to put them to a contender."""
+"""The questions about scopes, and how to put them to a contender; and those about requests."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from benchmarks.contenders import Contender
 
-__all__ = ["WORKS", "Work"]
+__all__ = ["REQUESTS", "WORKS", "Request", "Work"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,4 +48,46 @@ WORKS = [
         lambda contender: contender.empty,
         "What a scope costs in which nothing is used.",
     ),
+]
+
+
+_ALL = ("stock", "scoped", "FastAPI", "Litestar")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question about requests, in process, and who answers it."""
+
+    key: str
+    title: str
+    path: str
+    unit: str
+    goal: float  # at least: requests in the time, or the instructions, of one of the unit's
+    kind: str = ""  # of Django project: see project.make()
+    applications: tuple[str, ...] = ("stock", "scoped")
+    counted: int = 300  # for a figure in instructions
+    text: str = ""
+
+
+_RECEIVER = "The project has a sync receiver of its own, which must run in the request's thread."
+
+REQUESTS = [
+    Request("request", "nothing used", "/", "stock", 7, applications=_ALL),
+    Request("request-one", "one resource used", "/one", "FastAPI", 1.05, applications=_ALL),
+    Request("request-sync", "a sync view", "/sync", "stock", 2.2),
+    Request(
+        *("request-middleware", "the usual middleware", "/", "stock", 1.4, "middleware"),
+        text="The seven that `startproject` lists; sessions are in a cookie, and not used.",
+    ),
+    Request(
+        *("request-started", "a sync receiver of request_started", "/one", "stock", 2.0),
+        *("request_started",),
+        text=f"{_RECEIVER} One resource is used.",
+    ),
+    Request(
+        *("request-finished", "a sync receiver of request_finished", "/one", "stock", 2.3),
+        *("request_finished",),
+        text=f"{_RECEIVER} One resource is used.",
+    ),
+    Request("request-wsgi", "a sync view under WSGI", "/sync", "stock", 0.97, "wsgi"),
 ]

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.measure import Outcome
-from benchmarks.questions import Work
+from benchmarks.questions import Request, Work
 
 __all__ = ["Machine", "Question", "page", "page_of_instructions", "write"]
 
@@ -19,8 +19,9 @@ _PACKAGES = [
     *("dependency-injector", "fastapi", "starlette", "litestar", "aiohttp"),
 ]
 
+_FRAMEWORKS = ["stock", "FastAPI", "Litestar"]
 _NO_PEERS = {
-    *("scoped", "AsyncExitStack", "hand-written", "stock", "FastAPI", "Litestar"),
+    *("scoped", "AsyncExitStack", "hand-written", *_FRAMEWORKS),
     "modern-di (sync)",  # awaits nothing while it sets up: no peer for an async generator
 }
 # Two tasks that ask at once, for what takes time to set up, get two objects.
@@ -138,11 +139,11 @@ def page(questions: list[Question], machine: Machine, method: str, conditions: s
 
 
 _OF_INSTRUCTIONS = """\
-How many instructions a scope costs, counted by callgrind, and how many bytes, by `tracemalloc`.
+How many instructions a scope costs, and a request in process, counted by callgrind, and how many bytes, by `tracemalloc`.
 Beside each figure the ratio to `AsyncExitStack`'s or, for cached access, to that of hand-written
 lazy code. Where seconds move by a tenth with what else the machine does, these do not; but an
-instruction is no unit of time. What is compared, and how it is set up:
-[Benchmarks](benchmarks.md#method).
+instruction is no unit of time, least of all where threads wait for each other. What is compared,
+and how it is set up: [Benchmarks](benchmarks.md#method).
 
 *With locks* is a library with its own protection switched on: without it two tasks that ask at
 once, in `gather()` say, get two objects. svcs and aioinject have none; anydi, that-depends and
@@ -151,8 +152,13 @@ dash: it does not do that work; it tears down in another order, say, or has noth
 
 
 def page_of_instructions(
-    works: Sequence[Work], figures: Mapping[str, Mapping[str, float]], machine: Machine
+    works: Sequence[Work],
+    figures: Mapping[str, Mapping[str, float]],
+    requests: Sequence[Request],
+    of_requests: Mapping[str, Mapping[str, float]],
+    machine: Machine,
 ) -> str:
+    """Figures of scopes by contender and key, of requests by key and application."""
     columns = [(work.key, work.title, work.unit, work.goal) for work in works]
     columns.append(("memory", "Bytes while it is open", "AsyncExitStack", 0.75))
     rows = [
@@ -166,10 +172,23 @@ def page_of_instructions(
         "*Written by `python -m benchmarks.instructions` (dependency group `benchmarks`, and "
         "Debian's `valgrind`): do not edit.*",
         _table(["", *(title for _, title, *_ in columns)], [*rows, goals]),
+        _requests_in_instructions(requests, of_requests),
         _OF_INSTRUCTIONS,
         f"{machine.system}; {machine.python}; {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _requests_in_instructions(
+    requests: Sequence[Request], figures: Mapping[str, Mapping[str, float]]
+) -> str:
+    others = [name for name in _FRAMEWORKS if any(name in mine for mine in figures.values())]
+    rows = []
+    for request in requests:
+        if (mine := figures.get(request.key)) is not None:
+            cells = (_with_ratio(mine.get(name), mine["scoped"]) for name in others)
+            rows.append([request.title, f"{mine['scoped']:,.0f}", *cells])
+    return _table(["A request", "scoped", *(f"{name} (x scoped)" for name in others)], rows)
 
 
 def _with_ratio(figure: float | None, unit: float) -> str:

@@ -27,6 +27,10 @@ async def by_hand(_: HttpRequest) -> HttpResponse:
         return HttpResponse("ok", content_type="text/plain")
 
 
+def sync(_: HttpRequest) -> HttpResponse:
+    return HttpResponse("ok", content_type="text/plain")
+
+
 async def log(_: HttpRequest) -> HttpResponse:
     return HttpResponse("".join(work.log), content_type="text/plain")
 
@@ -34,5 +38,6 @@ async def log(_: HttpRequest) -> HttpResponse:
 urlpatterns = [
     path("", index),
     path("one", ours if apps.is_installed("scoped") else by_hand),
+    path("sync", sync),
     path("log", log),
 ]

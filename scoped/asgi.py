@@ -5,8 +5,7 @@ ends.
 """
 
 import logging
-from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar
 
 import django
 from django.core.exceptions import RequestAborted
@@ -18,10 +17,10 @@ from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.names import printable_repr
 from scoped.discovery import import_urls
-from scoped.dispatch import Receiver, live_receivers
+from scoped.dispatch import Receiver
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
-from scoped.serving.receivers import connect_handler
+from scoped.serving.receivers import Listeners, connect_handler
 from scoped.serving.supervisor import supervise
 from scoped.serving.threads import LentThread, idle_ended
 
@@ -46,13 +45,16 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     is finishing; then the supervisor waits for it, whatever comes.
     """
 
+    # Not of an instance: Django's handler of static files does not call __init__().
+    listeners: ClassVar[Listeners]
+
     def __init__(self) -> None:
         conf.configure()
         super().__init__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        connect_handler(cls)
+        cls.listeners = connect_handler(cls)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,8 +68,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
             body_file = await self.read_body(receive)
         except RequestAborted:
             return
-        with closing(body_file):
+        try:
             await supervise(Exchange(self, scope, body_file, send), receive)
+        finally:
+            body_file.close()
 
     def lend_thread(self) -> LentThread:
         """For the sync code of one request."""
@@ -75,10 +79,10 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
 
     def receivers_of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that this handler's requests call."""
-        return live_receivers(signal, type(self))
+        return self.listeners.of(signal)
 
 
-connect_handler(ScopedASGIHandler)
+ScopedASGIHandler.listeners = connect_handler(ScopedASGIHandler)
 
 
 async def _serve_lifespan(receive: Receive, send: Send) -> None:

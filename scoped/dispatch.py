@@ -69,7 +69,7 @@ async def call_in_turn(
     outcomes: list[Outcome] = []
     try:
         if sync_receivers:
-            await sync_to_async(call_all)(sync_receivers, outcomes, signal, sender, named)
+            await _call_all(sync_receivers, outcomes, signal, sender, named)
         await await_all(async_receivers, outcomes, signal, sender, named)
     except BaseException:
         log_errors(outcomes)  # which the cancellation would hide
@@ -96,6 +96,9 @@ def call_all(
             outcomes.append((receiver, receiver(signal=signal, sender=sender, **named), None))
         except Exception as error:
             outcomes.append((receiver, None, error))
+
+
+_call_all = sync_to_async(call_all)  # once, as asgiref looks into what it is given
 
 
 async def await_all(

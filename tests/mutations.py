@@ -52,13 +52,8 @@ def mutation(what: str, *edits: tuple[str, str, str]) -> Mutation:
 MUTATIONS = [
     # The end of a request
     mutation(
-        "neither the handler nor its receiver closes the scope",
-        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
-        ("serving/receivers", "        await close(scope)\n", "        pass\n"),
-    ),
-    mutation(
-        "the handler leaves the closing to its receiver",
-        ("serving/exchange", "await self.attempt(close(request_scope))", "pass"),
+        "the scope is not closed",
+        ("serving/exchange", "if closing := request_scope.begin_close():", "if closing := ():"),
     ),
     mutation(
         "request_finished is not sent to async receivers",
@@ -79,11 +74,19 @@ MUTATIONS = [
     ),
     mutation(
         "a stream is not closed",
-        ("serving/exchange", "await self.attempt(close_stream(self.response, whose))", "pass"),
+        (
+            "serving/exchange",
+            "await self.attempt(close_stream(self.response, request_scope))",
+            "pass",
+        ),
     ),
     mutation(
         "a sync view that runs on is not waited for",
-        ("serving/exchange", "await self.attempt(sync_code_ended(self.thread, whose))", "pass"),
+        (
+            "serving/exchange",
+            "await self.attempt(sync_code_ended(self.thread, request_scope))",
+            "pass",
+        ),
     ),
     mutation(
         "a thread is lent again while a sync view runs on in it",
@@ -649,9 +652,10 @@ MUTATIONS = [
         "a request takes over the open scope around it",
         (
             "serving/receivers",
-            '    scope_class(_name(scope["method"], scope["path"])).open()\n',
-            "    if scope_here() is None:\n"
-            '        scope_class(_name(scope["method"], scope["path"])).open()\n',
+            '    return scope_class(_name(scope["method"], scope["path"])).open()\n',
+            "    if isinstance(around := scope_here(), RequestScope):\n"
+            "        return around\n"
+            '    return scope_class(_name(scope["method"], scope["path"])).open()\n',
         ),
     ),
     mutation(
@@ -725,14 +729,14 @@ MUTATIONS = [
     # Until the response
     mutation(
         "nothing ends with the response",
-        ("serving/exchange", "            await scope.end_response()\n", "            pass\n"),
+        ("serving/exchange", "request_scope.begin_to_respond()) is not None", "None) is not None"),
     ),
     mutation(
         "nothing ends with the response under WSGI",
         (
             "serving/handler",
-            "            run_without_loop(scope.end_response())\n",
-            "            pass\n",
+            "                run_without_loop(rest)\n",
+            "                rest.close()\n",
         ),
     ),
     mutation(
@@ -1083,6 +1087,26 @@ MUTATIONS = [
     mutation(
         "a thread that ends leaves its connections to the garbage collector",
         ("serving/threads", "        _close_connections()\n        _workers", "        _workers"),
+    ),
+    mutation(
+        "receivers are looked through once and for all",
+        ("serving/receivers", " and found.connected == signal.receivers", ""),
+    ),
+    mutation(
+        "who wraps receivers later is gone round",
+        ("serving/receivers", " and found.look_up is look_up", ""),
+    ),
+    mutation(
+        "a handler keeps receivers that are gone",
+        (
+            "serving/receivers",
+            "        if TIDY.issuperset(",
+            "        if receivers or TIDY.issuperset(",
+        ),
+    ),
+    mutation(
+        "a thread hears of no connection to a database",
+        ("serving/threads", "        worker.is_connected = True\n", "        pass\n"),
     ),
     mutation(
         "a thread seems busy when its last work has been heard of",

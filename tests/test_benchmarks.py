@@ -15,6 +15,8 @@ from benchmarks.check import WORKS, check
 from benchmarks.contenders import Contender, async_exit_stack, by_hand, ours
 from benchmarks.measure import Outcome, interleave, ratios
 from benchmarks.memory import bytes_per_scope
+from benchmarks.project import APPLICATIONS, KINDS
+from benchmarks.questions import REQUESTS, Request
 from benchmarks.questions import WORKS as QUESTIONS
 from benchmarks.report import Machine, Question, page_of_instructions, write
 
@@ -137,18 +139,54 @@ def test_the_page_of_instructions_has_a_figure_and_a_ratio_for_each():
         "lazy": {"empty": 25_000.0},
     }
     machine = Machine("an abacus", "Linux", "CPython 3.13", {"Django": "6.1"})
-    page = page_of_instructions(QUESTIONS, figures, machine)
+    requests = {
+        "request-one": {"stock": 3e6, "scoped": 1e6, "FastAPI": 5e5},
+        "request-sync": {"stock": 2e6, "scoped": 1e6},
+    }
+    page = page_of_instructions(QUESTIONS, figures, REQUESTS, requests, machine)
     ten, none = "10,000 (1.00)", "-"
     assert f"| AsyncExitStack | {' | '.join([ten] * 5)} | 1,000 (1.00) |" in page
     assert f"| hand-written | {' | '.join([ten] * 5)} | 2,000 (2.00) |" in page
     assert f"| lazy | {' | '.join([none] * 4)} | 25,000 (2.50) | {none} |" in page
     assert "| at most 1.35 | at most 0.75 |" in page
+    assert "| A request | scoped | stock (x scoped) | FastAPI (x scoped) |" in page
+    assert "| one resource used | 1,000,000 | 3,000,000 (3.00) | 500,000 (0.50) |" in page
+    assert "| a sync view | 1,000,000 | 2,000,000 (2.00) | - |" in page
 
 
 def test_the_process_that_is_counted_does_the_work():
     plan = [f"{work.key}:2" for work in QUESTIONS]
     command = [sys.executable, "-m", "benchmarks.counted", "ours", *plan]
     subprocess.run(command, cwd=ROOT, check=True, timeout=50)
+
+
+@pytest.mark.parametrize(
+    ("question", "application"),
+    [(one, name) for one in REQUESTS for name in one.applications if name != "Litestar"],
+    ids=lambda part: part if isinstance(part, str) else part.key,
+)
+def test_the_process_that_is_asked_answers(question: Request, application: str):
+    """It looks at the answers before it counts. (Litestar is not installed for tests.)"""
+    options = ["--kind", question.kind, "--count", f"{question.path}:2"]
+    command = [sys.executable, "-m", "benchmarks.worker", application, *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=50)
+
+
+def test_the_process_that_is_asked_does_not_hide_a_failure():
+    options = ["--count", "/no-such-page:1"]
+    command = [sys.executable, "-m", "benchmarks.worker", "scoped", *options]
+    ended = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode
+    assert "'status': 404" in ended.stderr
+
+
+def test_a_question_about_requests_has_its_unit_beside_scoped():
+    for request in REQUESTS:
+        assert {"scoped", request.unit} <= set(request.applications) <= set(APPLICATIONS)
+        assert request.kind in KINDS
+    assert len({request.key for request in REQUESTS}) == len(REQUESTS)
 
 
 def test_a_contender_names_all_kinds_of_work():

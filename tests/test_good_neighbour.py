@@ -263,6 +263,30 @@ async def test_a_test_keeps_its_connections_though_somebody_wraps_each_receiver(
     assert True not in closed
 
 
+async def test_who_wraps_receivers_after_the_first_request_is_honoured(monkeypatch):
+    handler, live, called = ScopedASGIHandler(), Signal._live_receivers, []
+
+    def wrapped(self, sender):
+        def wrap(receiver):
+            @functools.wraps(receiver)
+            def wrapper(*args, **kwargs):
+                called.append(receiver)
+                return receiver(*args, **kwargs)
+
+            return wrapper
+
+        sync_receivers, async_receivers = live(self, sender)
+        return [wrap(receiver) for receiver in sync_receivers], async_receivers
+
+    for patched in (False, True, False):
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(Signal, "_live_receivers", wrapped)
+            await Connection(handler, "/plain").run()
+        assert (close_old_connections in called) is patched
+        called.clear()
+
+
 # ContextVars of a request, in the test that sent it
 
 

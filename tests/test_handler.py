@@ -28,7 +28,6 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.core.current import scope_here
-from scoped.serving.receivers import close_scope, open_scope
 from tests.connection import Connection
 from tests.views import Views
 
@@ -109,6 +108,52 @@ async def test_receivers_run_as_in_django_with_the_handlers_class_as_sender(conn
     connected(request_finished, note)
     await get("/plain", Handler())
     assert senders == [(Handler, True), (Handler, False)]
+    assert log == ["db set up", "db torn down"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_what_listens_to_request_started_finds_the_scope_open(connected, kind):
+    found = []
+
+    def finds(**kwargs):
+        found.append(current_scope())
+
+    async def finds_async(**kwargs):
+        finds()
+
+    @view
+    async def compares(request):
+        return HttpResponse(str(found == [current_scope()] and found[0].is_open))
+
+    # As the first of all, before any that was connected when Django started.
+    connected(request_started, finds if kind == "sync" else finds_async)
+    with request_started.lock:
+        request_started.receivers.insert(0, request_started.receivers.pop())
+    assert (await get("/compares")).body == b"True"
+
+
+async def test_a_receiver_that_is_gone_is_not_kept_by_the_handler(connected):
+    handler = ScopedASGIHandler()
+
+    def hears(**kwargs):
+        log.append("heard")
+
+    request_finished.connect(hears)
+    await get("/plain", handler)
+    gone = weakref.ref(hears)
+    del hears
+    gc.collect()
+    assert gone() is None
+    await get("/plain", handler)
+    assert log.count("heard") == 1
+
+
+async def test_a_handler_that_makes_itself_as_that_of_static_files_does_serves():
+    class Handler(ScopedASGIHandler):
+        def __init__(self):
+            self.load_middleware(is_async=True)
+
+    assert (await get("/plain", Handler())).body == b"plain"
     assert log == ["db set up", "db torn down"]
 
 
@@ -220,16 +265,6 @@ async def test_a_receiver_that_is_cancelled_changes_nothing(connected):
     with pytest.raises(asyncio.CancelledError):
         await get("/plain")
     assert log == ["db set up", "db torn down"]
-
-
-async def test_our_own_receivers_disconnected_by_somebody_leave_no_resource_open():
-    class Handler(ScopedASGIHandler):
-        pass
-
-    request_finished.disconnect(close_scope, sender=Handler)
-    await get("/plain", Handler())
-    assert log == ["db set up", "db torn down"]
-    request_started.disconnect(open_scope, sender=Handler)
 
 
 # Promise 11: the factory sees the failure, even one that a middleware handles

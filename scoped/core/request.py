@@ -1,7 +1,7 @@
 """The request's scope, and the boundary in it: the moment before the first byte."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
@@ -45,8 +45,10 @@ class RequestScope(Scope):
     @property
     def has_boundary(self) -> bool:
         """Whether anything in it lives until the response."""
-        records = list(self.records.values())
-        return any(record.resource.lifetime is RESPONSE for record in records)
+        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
+            if record.resource.lifetime is RESPONSE:
+                return True
+        return False
 
     def check_response(self, resource: "Resource[Any]") -> None:
         if not self.tells_of_response:
@@ -63,9 +65,17 @@ class RequestScope(Scope):
         Tear down what lives until the response, before its first byte is sent.
         Raises as ``close()`` does.
         """
+        if (rest := self.begin_to_respond()) is not None:
+            await rest
+
+    def begin_to_respond(self) -> Coroutine[Any, Any, None] | None:
+        """As ``end_response()``, of which it returns what is to be awaited, if anything is."""
         self.has_responded = True
         if not self.ending and not self.has_boundary:
-            return
+            return None
+        return self._end_response()
+
+    async def _end_response(self) -> None:
         problems: list[BaseException] = []
         if self.is_busy:
             await self.stop(RESPONSE, problems)
@@ -151,12 +161,8 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self.begin_to_close():
-                if self.records or self.ending or self.lifespan:
-                    for rest in self._close(exc):
-                        await rest
-                else:  # what nothing has used has no more to do
-                    self._let_go(exc if self.failure is None else self.failure)
+            for rest in self.begin_close(exc):
+                await rest
         except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
                 raise

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import warnings
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from contextvars import Context, copy_context
 from threading import get_ident
 from time import perf_counter
@@ -183,9 +183,20 @@ class Scope(Books):
         Raises the cancellation, if there was one, bare; else TeardownError if any
         teardown failed.
         """
-        if self.begin_to_close():
-            for rest in self._close(failure):
-                await rest
+        for rest in self.begin_close(failure):
+            await rest
+
+    def begin_close(self, failure: BaseException | None = None) -> Iterable[Awaitable[None]]:
+        """
+        Close it. Returns what is to be awaited then, one after the other: nothing where nothing
+        has used it.
+        """
+        if not self.begin_to_close():
+            return ()
+        if self.records or self.ending or self.lifespan:
+            return self._close(failure)
+        self._let_go(failure if self.failure is None else self.failure)
+        return ()
 
     def begin_to_close(self) -> bool:
         """

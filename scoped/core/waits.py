@@ -49,15 +49,13 @@ class ForkSafeLock:
         self._lock.release()
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+# None where no loop runs. What asyncio exports for loops; `get_running_loop()` raises, which costs
+# sync code more than all else that opens its scope.
+running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_running_loop
 
 
 def current_task() -> "asyncio.Task[Any] | None":
-    return asyncio.current_task() if running_loop() is not None else None
+    return None if (loop := running_loop()) is None else asyncio.current_task(loop)
 
 
 async def outlast(
@@ -149,17 +147,9 @@ def do_for(done: "Future[None]", work: Callable[[], None]) -> None:
 async def _hop(work: Callable[[], None]) -> None:
     claims = [work]  # whoever takes it does it: asgiref may be asked twice, and may do both
     done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            claimed = claims.pop()
-        except IndexError:
-            return
-        do_for(done, claimed)
-
     while claims:
         try:
-            await sync_to_async(run)()
+            await _do_once(claims, done)
         except asyncio.CancelledError:
             if asyncio.current_task() in _late:
                 raise  # the event loop ends
@@ -169,6 +159,9 @@ async def _hop(work: Callable[[], None]) -> None:
             if getattr(AsyncToSync.executors, "current", None) is None:
                 raise
             AsyncToSync.executors.current = None
+    if done.done():  # as ever, but where a cancellation has come between
+        done.result()
+        return
     ended = asyncio.wrap_future(done)
     while not ended.done():
         try:
@@ -177,6 +170,15 @@ async def _hop(work: Callable[[], None]) -> None:
             if asyncio.current_task() in _late:
                 raise
     ended.result()
+
+
+@sync_to_async  # once, as asgiref looks into what it is given
+def _do_once(claims: list[Callable[[], None]], done: "Future[None]") -> None:
+    try:
+        claimed = claims.pop()
+    except IndexError:
+        return
+    do_for(done, claimed)
 
 
 def run_without_loop(coroutine: Coroutine[Any, Any, None]) -> None:

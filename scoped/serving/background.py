@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+
+from asgiref.sync import AsyncToSync
 
 from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
@@ -24,8 +25,8 @@ logger = logging.getLogger("scoped")
 # Event loops hold tasks weakly.
 _tasks: set[asyncio.Task[None]] = set()
 
-# Those that begin after the response of a request.
-_waiting: WeakKeyDictionary[RequestScope, "list[_BackgroundScope]"] = WeakKeyDictionary()
+# Those that begin after the response of a request, whose end forgets them.
+_waiting: dict[RequestScope, "list[_BackgroundScope]"] = {}
 
 
 class _BackgroundScope(RequestScope):
@@ -172,6 +173,7 @@ async def _work(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object])
 async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
     """Do the work, if there is any, and close its scope, with a thread of its own for both."""
     failure: BaseException | None = None
+    AsyncToSync.executors.current = None  # that of sync code which has started this task
     with LentThread(tidy) as thread:  # the request's own may be another request's by then
         try:
             if work is not None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 
 from django.http.response import HttpResponseBase
@@ -50,8 +49,10 @@ def in_place_of(response: Any, page: Any) -> Any:
 def close_resources(response: Any) -> None:
     """What ``HttpResponseBase.close()`` does before it sends the signal."""
     for closer in response._resource_closers:
-        with suppress(Exception):
+        try:  # noqa: SIM105 (suppress() is slower)
             closer()
+        except Exception:  # noqa: S110 (as Django does)
+            pass
     response._resource_closers.clear()
     response.closed = True
 

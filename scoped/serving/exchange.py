@@ -6,22 +6,19 @@ of ``request_finished``.
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from asgiref.sync import AsyncToSync
-from django.core.cache import caches, close_caches
+from django.core.cache import caches
 from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
-from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished, request_started
-from django.db import close_old_connections, reset_queries
 from django.dispatch import Signal
 from django.urls import set_script_prefix
 from django.utils.module_loading import import_string
 
-from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop
@@ -36,8 +33,8 @@ from scoped.serving.ending import (
     drop_stream,
     in_place_of,
 )
-from scoped.serving.handler import page_in_thread, scope_of
-from scoped.serving.receivers import close, close_foreign, close_scope, end_response, open_foreign
+from scoped.serving.handler import page_in_thread
+from scoped.serving.receivers import TIDY, end, end_response, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -51,6 +48,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
+_executors = AsyncToSync.executors
 _EAGER = sys.version_info >= (3, 12)
 
 
@@ -127,47 +125,49 @@ class Exchange:
         task = asyncio.current_task()
         assert task is not None
         self.task, self.is_new = task, False
-        if getattr(AsyncToSync.executors, "current", None) is not None:
+        sync_parent = getattr(_executors, "current", None)
+        if sync_parent is not None:
             # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
-            await self.run_in_context()
+            await self.run_in_context(sync_parent)
             return
         self.thread = self.handler.lend_thread()
         with self.thread:
-            await self.run_in_context()
+            await self.run_in_context(None)
 
-    async def run_in_context(self) -> None:
-        around, request_scope = scope_here(), None
-        sync_parent = getattr(AsyncToSync.executors, "current", None)
+    async def run_in_context(self, sync_parent: Any) -> None:
+        request_scope = open_scope(type(self.handler), self.scope)
         failure: BaseException | None = None
         try:
             set_script_prefix(get_script_prefix(self.scope))
-            try:
-                await self.start()
-            finally:
-                opened = scope_here()
-                if opened is not around and isinstance(opened, RequestScope):
-                    request_scope = opened  # else a cancellation came before our receiver
+            receivers = self.receivers_at_start()
+            if any(receivers):
+                await self.start(*receivers)
             await self.respond(request_scope)
         except BaseException as error:
             failure = error
+        seen = request_scope.failure or failure
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
-        if getattr(AsyncToSync.executors, "current", None) is not sync_parent:
-            AsyncToSync.executors.current = sync_parent
-        seen = failure if request_scope is None else request_scope.failure or failure
+        may_be_left = self.thread is None or self.thread.is_taken or seen is not None
+        if may_be_left and getattr(_executors, "current", None) is not sync_parent:
+            _executors.current = sync_parent
         if self.thread is not None and (
             self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
         ):
             self.thread.lend_again = False  # what its code would have cleaned up is still there
         await self.finish(request_scope, failure)
 
-    async def start(self) -> None:
-        sender, named = type(self.handler), {"scope": self.scope}
+    def receivers_at_start(self) -> tuple[list[Receiver], list[Receiver]]:
+        """The sync and the async ones that are to be called before the request is answered."""
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
         if self.thread is not None and _only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
+        return sync_receivers, async_receivers
+
+    async def start(self, sync_receivers: list[Receiver], async_receivers: list[Receiver]) -> None:
+        sender, named = type(self.handler), {"scope": self.scope}
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, named
         )
@@ -182,32 +182,31 @@ class Exchange:
 
     # The response
 
-    async def respond(self, request_scope: RequestScope | None) -> None:
+    async def respond(self, request_scope: RequestScope) -> None:
         request, error_response = self.handler.create_request(self.scope, self.body_file)
         if request is None:
-            if request_scope is not None:
-                await request_scope.end_response()  # receivers may have used it
+            await request_scope.end_response()  # receivers may have used it
             self.body_file.close()
             self.response = error_response
         else:
             self.request = request
             await self.answer(request, request_scope)
-        if self.response.streaming and request_scope is not None:
+        if self.response.streaming:
             self.long_stream = LongStream(request_scope)
             self.long_stream.watch()
         await self.handler.send_response(self.response, self.forward)
 
-    async def answer(self, request: ASGIRequest, request_scope: RequestScope | None) -> None:
+    async def answer(self, request: ASGIRequest, request_scope: RequestScope) -> None:
         """Have the response made, and tear down what lives until then. Failures are pages."""
-        scope = scope_of(request)
+        request_scope.request = request
         failure: BaseException | None = None
         try:
             self.response = await self.handler.run_get_response(request)
-            if scope is not None:
-                if self.thread is not None and self.thread.is_busy and scope.has_boundary:
-                    await sync_code_ended(self.thread, scope)
-                await scope.end_response()
-                begin_waiting(scope)
+            if self.thread is not None and self.thread.is_busy and request_scope.has_boundary:
+                await sync_code_ended(self.thread, request_scope)
+            if (rest := request_scope.begin_to_respond()) is not None:
+                await rest
+            begin_waiting(request_scope)
         except TeardownError as error:
             failure = error
         except asyncio.CancelledError as error:
@@ -233,7 +232,7 @@ class Exchange:
         return self.cancelled or self.server.cancelling() > self.cancelled_before
 
     async def own_failure(
-        self, request_scope: RequestScope | None, error: asyncio.CancelledError
+        self, request_scope: RequestScope, error: asyncio.CancelledError
     ) -> BaseException:
         """
         What a request has failed with that nobody has cancelled from outside: a timeout, or
@@ -241,21 +240,19 @@ class Exchange:
         left. Until then an anyio one cancels again and again; so all is torn down now.
         """
         self.uncancel()
-        whose = request_scope or "the request"
         if self.thread is not None:
             self.thread.lend_again = False
             if self.thread.is_busy:
-                await sync_code_ended(self.thread, whose)
-        if request_scope is not None:
-            drop_waiting(request_scope)
-            try:
-                await request_scope.close(error)
-            except TeardownError as group:
-                return group.exceptions[0] if len(group.exceptions) == 1 else group
+                await sync_code_ended(self.thread, request_scope)
+        drop_waiting(request_scope)
+        try:
+            await request_scope.close(error)
+        except TeardownError as group:
+            return group.exceptions[0] if len(group.exceptions) == 1 else group
         failure = RuntimeError(
-            f"{whose} was cancelled, though neither by its client nor by the server: it awaited "
-            "something that had been cancelled, or cancelled its own task. Catch CancelledError "
-            "where that is meant to be."
+            f"{request_scope} was cancelled, though neither by its client nor by the server: it "
+            "awaited something that had been cancelled, or cancelled its own task. Catch "
+            "CancelledError where that is meant to be."
         )
         failure.__cause__ = error
         return failure
@@ -281,9 +278,7 @@ class Exchange:
 
     # The end
 
-    async def finish(
-        self, request_scope: RequestScope | None, failure: BaseException | None
-    ) -> None:
+    async def finish(self, request_scope: RequestScope, failure: BaseException | None) -> None:
         """
         The start in reverse: async receivers of ``request_finished``, so that the
         scope closes while the request's connections still work; then, in the
@@ -295,33 +290,32 @@ class Exchange:
             self.listener.cancel()
         if self.long_stream is not None:
             self.long_stream.unwatch()
-        whose = request_scope or "a request"
         self.uncancel()
-        if failure is not None and request_scope is not None and request_scope.failure is None:
+        if failure is not None and request_scope.failure is None:
             request_scope.failure = failure
         if self.thread is not None and self.thread.is_busy:
-            await self.attempt(sync_code_ended(self.thread, whose))
+            await self.attempt(sync_code_ended(self.thread, request_scope))
         elif self.thread is None and isinstance(failure, asyncio.CancelledError):
             await self.attempt(hop(_nothing))  # as above, in the thread of who waits for this
         sync_receivers, async_receivers = self.handler.receivers_of(request_finished)
-        if self.response is not None:
-            await self.attempt(close_stream(self.response, whose))
-            if closes_itself(self.response):
-                sync_receivers, async_receivers = [], []  # its close() calls them all
+        own_close = self.response is not None and closes_itself(self.response)
+        if own_close:
+            sync_receivers, async_receivers = [], []  # its close() calls them all
+        if self.response is not None and self.response.streaming:
+            await self.attempt(close_stream(self.response, request_scope))
         if isinstance(failure, asyncio.CancelledError) and not self.is_cut_off():
             failure = await self.own_failure(request_scope, failure)
-        if request_scope is not None:
-            drop_waiting(request_scope)
-            if not request_scope.has_responded:
-                await self.attempt(end_response(request_scope))
+        drop_waiting(request_scope)
+        if not request_scope.has_responded:
+            await self.attempt(end_response(request_scope))
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
             await self.attempt(self.call_async(receiver))
-        if request_scope is not None:
-            await self.attempt(close(request_scope))
-        if self.needs_thread(sync_receivers):
+        if closing := request_scope.begin_close():
+            await self.attempt(end(closing))
+        if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
-            what = f"A receiver of request_finished, or the response's close(), of {whose}"
+            what = f"A receiver of request_finished, or the response's close(), of {request_scope}"
             await self.attempt(in_thread(self.thread, work, what))
         else:
             if self.response is not None:
@@ -330,6 +324,8 @@ class Exchange:
                 self.thread.tidy_later(partial(self.tidy, sync_receivers, request_finished))
         if self.client_gone and isinstance(failure, asyncio.CancelledError):
             failure = None
+        if failure is None and not self.problems:
+            return
         try:
             # A cancellation, if any, before all else; the failure before what it led to.
             raise_first(
@@ -360,9 +356,7 @@ class Exchange:
             and not hasattr(request, "_files")
             else None
         )
-        return closes_itself(self.response) or any(
-            closer != trivial for closer in self.response._resource_closers
-        )
+        return self.response._resource_closers not in ([], [trivial])
 
     async def attempt(self, step: Awaitable[None]) -> None:
         try:
@@ -372,11 +366,8 @@ class Exchange:
 
     async def call_async(self, receiver: Receiver) -> None:
         called = receiver(signal=request_finished, sender=type(self.handler))
-        if receiver is close_scope:
-            await called  # each teardown has a bound of its own
-        else:
-            name = getattr(receiver, "__qualname__", None) or repr(receiver)
-            await in_time(called, f"The receiver {name} of request_finished")
+        name = getattr(receiver, "__qualname__", None) or repr(receiver)
+        await in_time(called, f"The receiver {name} of request_finished")
 
     def call_sync(self, receivers: Iterable[Receiver]) -> None:
         """In the request's thread: end the response, then call the receivers."""
@@ -398,26 +389,26 @@ class Exchange:
 def _nothing() -> None: ...
 
 
-# Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
-# Context that ends with the request.
-_TIDY = {
-    *(reset_queries, close_old_connections, close_caches, reset_urlconf),
-    *(open_foreign, close_foreign),
-}
+class _Caches:
+    """The project's caches that were looked through last, and whether to close any does a thing."""
+
+    settings: ClassVar[object] = None
+    have_to_be_closed: ClassVar[bool] = False
 
 
 def _closing_caches() -> bool:
-    """Whether a cache's ``close()`` does anything."""
-    return _closes(tuple(cache["BACKEND"] for cache in caches.settings.values()))
+    if _Caches.settings is not (settings := caches.settings):
+        _Caches.have_to_be_closed = any(_closes(cache["BACKEND"]) for cache in settings.values())
+        _Caches.settings = settings
+    return _Caches.have_to_be_closed
 
 
-@lru_cache
-def _closes(backends: tuple[str, ...]) -> bool:
+def _closes(backend: str) -> bool:
     try:
-        return any(import_string(backend).close is not BaseCache.close for backend in backends)
+        return import_string(backend).close is not BaseCache.close
     except (ImportError, AttributeError):  # no such cache, or one of another make
         return True
 
 
 def _only_tidy(receivers: list[Receiver]) -> bool:
-    return _TIDY.issuperset(receivers)
+    return TIDY.issuperset(receivers)

@@ -54,7 +54,8 @@ class ScopedHandler(BaseHandler):
         if scope is None:
             return response
         try:
-            run_without_loop(scope.end_response())
+            if (rest := scope.begin_to_respond()) is not None:
+                run_without_loop(rest)
         except BaseException as error:
             try:
                 if not isinstance(error, TeardownError):

@@ -1,24 +1,27 @@
 """
-Opens a request scope on ``request_started`` and closes it on
-``request_finished``.
+Who opens a request scope and closes it, and what else listens at a request's start and end.
 
-For our own handlers these are async receivers: the handler awaits them in the
-request's task. For every other sender (WSGI, Django's test clients, the stock
-ASGI handler) they are sync: an async receiver would make Django's own dispatch
+Our own ASGI handlers do so themselves, around all that they send. For every other sender
+(WSGI, Django's test clients, the stock ASGI handler) receivers of ``request_started`` and
+``request_finished`` do. They are sync: an async receiver would make Django's own dispatch
 run tasks in other people's requests, and its AsyncClient fail on streams.
 """
 
 import asyncio
 import logging
 import sys
+from collections.abc import Awaitable, Iterable
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import django
-from asgiref.sync import SyncToAsync, async_to_sync
-from django.core.handlers.base import BaseHandler
+from asgiref.sync import SyncToAsync, async_to_sync, markcoroutinefunction
+from django.core.cache import close_caches
+from django.core.handlers.base import BaseHandler, reset_urlconf
 from django.core.signals import got_request_exception, request_finished, request_started
+from django.db import close_old_connections, reset_queries
+from django.db.backends.signals import connection_created
 from django.dispatch import Signal
 
 from scoped.core.current import scope_here
@@ -26,13 +29,18 @@ from scoped.core.errors import TeardownError
 from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
+from scoped.dispatch import Receiver, live_receivers
+from scoped.serving.threads import connection_made
 
 __all__ = [
-    "close",
+    "TIDY",
+    "Listeners",
     "connect",
     "connect_handler",
+    "end",
     "end_response",
     "note_failure",
+    "open_scope",
     "tells_of_response",
 ]
 
@@ -77,12 +85,15 @@ class _ForeignScope(RequestScope):
         return self.sync_only or not self.is_in_use
 
 
-def connect_handler(handler: type) -> None:
-    """Let requests of this handler class open and close a scope, in their own task."""
+def connect_handler(handler: type) -> "Listeners":
+    """
+    Requests of this handler class open and close a scope in their own task. Returns who
+    else listens to them.
+    """
     _our_handlers.add(handler)
-    request_started.connect(open_scope, sender=handler)
-    request_finished.connect(close_scope, sender=handler)
+    _connect_first(connection_created, connection_made)  # before any that raises
     got_request_exception.connect(_request_failed)
+    return Listeners(handler)
 
 
 def connect() -> None:
@@ -107,10 +118,11 @@ def _show_requests() -> None:
         _show(request)
         return get_response(self, request)
 
+    @markcoroutinefunction
     @wraps(get_response_async)
-    async def shows_request_async(self: BaseHandler, request: Any) -> Any:
+    def shows_request_async(self: BaseHandler, request: Any) -> Any:
         _show(request)
-        return await get_response_async(self, request)
+        return get_response_async(self, request)
 
     BaseHandler.get_response = shows_request  # type: ignore[method-assign]
     BaseHandler.get_response_async = shows_request_async  # type: ignore[method-assign]
@@ -129,23 +141,24 @@ def _connect_first(signal: Signal, receiver: Any) -> None:
         signal.receivers.insert(0, signal.receivers.pop())
 
 
-async def open_scope(*, sender: Any, scope: dict[str, Any], **kwargs: Any) -> None:
-    # Always a fresh one: servers carry the Context of one request into the next.
-    scope_class = _ClientScope if _is_test_client(sender) else ServedScope
-    scope_class(_name(scope["method"], scope["path"])).open()
-
-
-async def close_scope(**kwargs: Any) -> None:
-    scope = scope_here()
-    # Not one that is open around this request, as for a request made inside another.
-    if isinstance(scope, RequestScope) and scope.owner is asyncio.current_task() and scope.served:
-        await close(scope)
+def open_scope(handler: type, scope: dict[str, Any]) -> RequestScope:
+    """
+    For a request of this handler of ours, in its own task. Always a fresh one: servers carry
+    the Context of one request into the next.
+    """
+    scope_class = _ClientScope if _is_test_client(handler) else ServedScope
+    return scope_class(_name(scope["method"], scope["path"])).open()
 
 
 async def close(scope: RequestScope) -> None:
-    """Close it; what fails then is logged, for the response has been sent."""
+    await end(scope.begin_close())
+
+
+async def end(closing: Iterable[Awaitable[None]]) -> None:
+    """The rest of closing a scope; what fails is logged, for the response has been sent."""
     try:
-        await scope.close()
+        for rest in closing:
+            await rest
     except TeardownError as error:
         logger.error("%s", error, exc_info=error)
 
@@ -172,12 +185,10 @@ def open_foreign(
     environ: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
-    if sender in _our_handlers:
-        return
     if environ is not None:
         name = _name(environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO") or "/"))
         _ForeignScope(name, sender).open(sync_only=True)
-    elif scope is not None and django.VERSION >= (6, 1):
+    elif scope is not None and sender not in _our_handlers and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
         name = _name(scope["method"], scope["path"])
         # This runs in a thread for sync code, and the view in that thread's event loop.
@@ -192,7 +203,8 @@ def close_foreign(*, sender: Any, **kwargs: Any) -> None:
         return
     scope.leave()
     if scope.can_close_without_loop:
-        run_without_loop(close(scope))
+        if closing := scope.begin_close():
+            run_without_loop(end(closing))
         return
     try:
         loop = asyncio.get_running_loop()
@@ -219,3 +231,40 @@ def _path(of_wsgi: str) -> str:
 
 def _name(method: str, path: str) -> str:
     return printable(f"the request {method} {path}")
+
+
+# Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
+# Context that ends with the request.
+TIDY: frozenset[Receiver] = frozenset(
+    {reset_queries, close_old_connections, close_caches, reset_urlconf, open_foreign, close_foreign}
+)
+
+
+class _Found(NamedTuple):
+    look_up: Any  # that by which they were found: monitoring puts its own in the place of Django's
+    connected: list[Any]
+    receivers: tuple[list[Receiver], list[Receiver]]
+
+
+class Listeners:
+    """
+    The receivers of a handler's requests. To look them up takes Django a lock and weak
+    references; where they are none but Django's and ours, that is done when any is connected or
+    disconnected. Others are not kept: they may be gone at any time.
+    """
+
+    def __init__(self, sender: type) -> None:
+        self.sender = sender
+        self.found: dict[Signal, _Found] = {}
+
+    def of(self, signal: Signal) -> tuple[list[Receiver], list[Receiver]]:
+        """The sync and the async ones."""
+        found = self.found.get(signal)
+        look_up: Any = Signal._live_receivers
+        if found is not None and found.connected == signal.receivers and found.look_up is look_up:
+            return found.receivers
+        connected = list(signal.receivers)
+        receivers = live_receivers(signal, self.sender)
+        if TIDY.issuperset(receivers[0]) and not receivers[1]:
+            self.found[signal] = _Found(look_up, connected, receivers)
+        return receivers

@@ -44,7 +44,7 @@ from scoped.core.place import thread_here
 from scoped.core.scope import Scope
 from scoped.core.waits import do_for, outlast
 
-__all__ = ["LentThread", "end_idle", "idle_ended", "tidy"]
+__all__ = ["LentThread", "connection_made", "end_idle", "idle_ended", "tidy"]
 
 T = TypeVar("T")
 _Work = Callable[[], Any]
@@ -130,7 +130,9 @@ class _Worker:
         except BaseException as error:
             failure = error
         if future is not None:
-            self.is_connected = _is_connected()
+            # Else it has been told of no connection since; of one that failed it may not have been.
+            if self.is_connected or failure is not None:
+                self.is_connected = _is_connected()
             self.done += 1  # before anybody hears of it, who may then give the thread back
         try:
             if future is not None:
@@ -159,6 +161,12 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | N
         future.set_exception(error)
     except TypeError:  # Python 3.11, of a StopIteration; later ones do as much by themselves
         future.set_exception(RuntimeError(f"sync code raised {error!r}"))
+
+
+def connection_made(**kwargs: Any) -> None:
+    """For Django's signal ``connection_created``, which is sent in the thread."""
+    if isinstance(worker := getattr(thread_here, "way", None), _Worker):
+        worker.is_connected = True
 
 
 # Those whose threads live.
@@ -199,7 +207,6 @@ class LentThread(Executor):
         self._context = ThreadSensitiveContext()
         SyncToAsync.context_to_thread_executor[self._context] = self
         SyncToAsync.thread_sensitive_context.set(self._context)
-        AsyncToSync.executors.current = None  # that of sync code which has started this task
         return self
 
     def __exit__(
@@ -238,6 +245,8 @@ class LentThread(Executor):
             except IndexError:
                 worker = _Worker()
             self._worker = worker
+            # asgiref looks for it at each hop: where it was never set that takes four times as long
+            AsyncToSync.executors.current = None
             # As one work, for each wakes the thread: it costs more than what is done there.
             bound = partial(_first, self.tidy, bound)
         worker.give(bound, future)
@@ -261,10 +270,10 @@ class LentThread(Executor):
 
     def leave(self) -> None:
         """To be called in the thread, after all else: no idle thread holds what others wait for."""
-        if self.lend_again:
-            _drop_transactions()
-        else:
+        if not self.lend_again:
             _close_connections()
+        elif self._worker is not None and self._worker.is_connected:
+            _drop_transactions()
 
     def give_back(self) -> None:
         """To be called when the request has ended. What is still running there may go on."""
