@@ -917,6 +917,14 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "what a thread has just taken is not waited for",
+        (
+            "core/teardown",
+            "not in mine and record.state != GONE]",
+            "not in mine and record.state == ENDING]",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

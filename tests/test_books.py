@@ -32,11 +32,11 @@ from scoped import (
     request_scoped,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.core import first_use
+from scoped.core import books, first_use
 from scoped.core.current import current
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.place import thread_here
-from scoped.core.record import HELD, Record
+from scoped.core.record import ENDING, HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
@@ -935,6 +935,51 @@ class TestThreadsAtTheMomentOfClosing:
                 await super().stop(lifetime, problems)
 
         thread = closed_beside_a_thread(kind, Closing("the request scope"), base, use, begun)
+        thread.join(DEADLINE)
+        assert log == ["user", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
+    def test_what_a_thread_has_just_taken_goes_before_what_it_uses(
+        self, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        taken, go_on = threading.Event(), threading.Event()
+        here = threading.get_ident()
+
+        class Interrupted(Record):
+            """The other thread loses its turn when it has claimed the record."""
+
+            __slots__ = ()
+
+            def __setattr__(self, name: str, value: object) -> None:
+                if name == "state" and value == ENDING and threading.get_ident() != here:
+                    taken.set()
+                    assert go_on.wait(DEADLINE)
+                super().__setattr__(name, value)
+
+        monkeypatch.setattr(books, "Record", Interrupted)
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def user() -> Iterator[str]:
+            yield base()
+            log.append("user")
+
+        def use() -> None:
+            user()
+            user.release()
+
+        class Closing(RequestScope):
+            __slots__ = ()
+
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
+                threading.Timer(0.05, go_on.set).start()
+                await super().stop(lifetime, problems)
+
+        thread = closed_beside_a_thread(kind, Closing("the request scope"), base, use, taken)
         thread.join(DEADLINE)
         assert log == ["user", "base"]
 

@@ -13,7 +13,7 @@ from scoped.core import observer
 from scoped.core.current import current
 from scoped.core.errors import TeardownError, note
 from scoped.core.place import Keeper, Thread, begin_finish
-from scoped.core.record import ENDING, GONE, HELD, STARTING, Latch, LoopLatch, Record
+from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.waits import outlast
 
 if TYPE_CHECKING:
@@ -225,7 +225,8 @@ def _others_ending(scope: "Scope") -> list[Record]:
     while isinstance(here, Record) and here not in mine:
         mine.add(here)
         here = ending.get(here)
-    return [record for record in list(ending) if record not in mine and record.state == ENDING]
+    # Not those alone which are ENDING: between the claim and that a thread may be interrupted.
+    return [record for record in list(ending) if record not in mine and record.state != GONE]
 
 
 async def wait_for_others(scope: "Scope") -> None:
