@@ -925,6 +925,10 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a release does not wait for what somebody else has taken meanwhile",
+        ("core/release", "            else:\n                yield None\n", ""),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

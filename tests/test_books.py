@@ -451,6 +451,48 @@ class TestRelease:
         assert log.count("b") in (1, 2)
         assert what_is_kept(scope) == []
 
+    async def test_what_another_thread_takes_meanwhile_goes_before_what_it_uses(
+        self, log: list[str]
+    ) -> None:
+        come, going, go_on = threading.Event(), threading.Event(), threading.Event()
+        here = threading.get_ident()
+
+        class Overtaken(RequestScope):
+            """The other thread takes it, which this one has found."""
+
+            __slots__ = ()
+
+            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+                if threading.get_ident() == here and not going.is_set():
+                    come.set()
+                    assert going.wait(DEADLINE)
+                    threading.Timer(0.05, go_on.set).start()
+                return super().take_and_tell(record, released_by)
+
+        base = logged("base", log)
+
+        @request_scoped
+        def user() -> Iterator[str]:
+            yield base.get_nowait()
+            going.set()
+            assert go_on.wait(DEADLINE)
+            log.append("user")
+
+        def use() -> None:
+            user()
+            used.set()
+            assert come.wait(DEADLINE)
+            user.release()
+
+        used = threading.Event()
+        async with Overtaken("the request scope"):
+            await base()
+            thread = in_thread(use, contextvars.copy_context())
+            assert used.wait(DEADLINE)
+            await base.release()
+            thread.join(DEADLINE)
+        assert log == ["user", "base"]
+
     @pytest.mark.parametrize("where", ["owner", "child"])
     async def test_a_teardown_that_is_released_may_release_others_in_child_tasks(
         self, where: str, log: list[str], monkeypatch: pytest.MonkeyPatch

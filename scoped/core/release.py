@@ -65,16 +65,23 @@ class _Release:
         problems: list[BaseException] = []
         self.check()  # before anything changes
         for record in self.last_users_first(problems):
-            rest = begin_end(record, None, problems)
-            if rest is not None:
+            if record is None:  # another thread has it: what it uses goes after it
+                await self.wait_for_others()
+            elif (rest := begin_end(record, None, problems)) is not None:
                 await rest
         if problems:
             raise_all(self.scope, problems)
 
-    def last_users_first(self, problems: list[BaseException]) -> Iterator[Record]:
+    async def wait_for_others(self) -> None:
+        if self.in_loop:
+            await wait_for_others(self.scope)
+        else:
+            wait_for_others_sync(self.scope, self.scope.teardown_timeout)
+
+    def last_users_first(self, problems: list[BaseException]) -> Iterator[Record | None]:
         """
-        Takes them. Looks anew where anything has changed, for while one is torn down others may be
-        set up with what is still there.
+        Takes them; None for one that somebody else has taken. Looks anew where anything has
+        changed, for while one is torn down others may be set up with what is still there.
         """
         scope, version = self.scope, -1
         users: list[Record] = []
@@ -90,6 +97,8 @@ class _Release:
             if scope.take_and_tell(record := users.pop(), self.released_by):
                 yield record
                 scope.told_of_end(record)
+            else:
+                yield None
 
     def users(self) -> list[Record]:
         """What is to go when it goes, itself the first, in the order of completion."""
