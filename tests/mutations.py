@@ -929,6 +929,14 @@ MUTATIONS = [
         ("core/release", "            else:\n                yield None\n", ""),
     ),
     mutation(
+        "what a thread takes after the look is not waited for",
+        (
+            "core/teardown",
+            "        if scope.ending:  # what was held a moment ago",
+            "        if False:  #",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (
@@ -941,7 +949,7 @@ MUTATIONS = [
         "the response does not wait for a release",
         (
             "core/request",
-            "if not self.ending and not self.has_boundary:",
+            "if not self.has_boundary and not self.ending:",
             "if not self.has_boundary:",
         ),
     ),

@@ -981,6 +981,51 @@ class TestThreadsAtTheMomentOfClosing:
         assert log == ["user", "base"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
+    @pytest.mark.parametrize("declare", [request_scoped, lifespan_scoped])
+    def test_what_a_thread_takes_after_the_look_goes_before_what_it_uses(
+        self, declare: Any, kind: str, log: list[str]
+    ) -> None:
+        used, come, going, go_on = (threading.Event() for _ in range(4))
+
+        @declare
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+
+        @request_scoped
+        def user() -> Iterator[str]:
+            yield base()
+            going.set()
+            assert go_on.wait(DEADLINE)
+            log.append("user")
+
+        def use() -> None:
+            user()
+            user.release()
+
+        class Overtaken(RequestScope):
+            """The thread goes on when this one has looked whether anybody is at work."""
+
+            __slots__ = ()
+
+            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+                used.set()
+                assert come.wait(DEADLINE)
+                return super().take_and_tell(record, released_by)
+
+            @property
+            def is_busy(self) -> bool:
+                found = super().is_busy
+                come.set()
+                assert going.wait(DEADLINE)
+                threading.Timer(0.05, go_on.set).start()
+                return found
+
+        thread = closed_beside_a_thread(kind, Overtaken("the request scope"), base, use, used)
+        thread.join(DEADLINE)
+        assert log == ["user", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
     def test_what_a_thread_has_just_taken_goes_before_what_it_uses(
         self, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

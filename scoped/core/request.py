@@ -71,7 +71,7 @@ class RequestScope(Scope):
     def begin_to_respond(self) -> Coroutine[Any, Any, None] | None:
         """As ``end_response()``, of which it returns what is to be awaited, if anything is."""
         self.has_responded = True
-        if not self.ending and not self.has_boundary:
+        if not self.has_boundary and not self.ending:
             return None
         return self._end_response()
 

@@ -118,13 +118,16 @@ def end_all(
     before the rest, and last complete first. Gives what is to be awaited in between.
     """
     # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
-    while scope.records and (
-        held := [
+    while scope.records or scope.ending:
+        held = [
             record
             for record in list(scope.records.values())
             if record.state == HELD and record.resource.lifetime <= lifetime
         ]
-    ):
+        if scope.ending:  # what was held a moment ago, say, and uses what is
+            yield scope.stop(lifetime, problems)
+        if not held:
+            break
         if len(held) > 1:
             held.sort(key=_order)
         while held:
