@@ -846,6 +846,39 @@ class TestCirclesAreErrors:
             ]
         assert log == ["base"]
 
+    async def test_two_who_wait_for_one_that_still_comes_are_no_circle(self) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def base() -> str:
+            await go_on.wait()
+            return "base"
+
+        @request_scoped
+        async def left() -> str:
+            return "left of " + await base()
+
+        @request_scoped
+        async def right() -> str:
+            return "right of " + await base()
+
+        @request_scoped
+        async def top() -> list[str]:
+            return await asyncio.gather(left(), right())
+
+        @request_scoped
+        async def roof() -> list[str]:
+            return ["roof", *await top()]
+
+        async with request_scope():
+            asked = asyncio.create_task(top())
+            await settle()
+            asked_too = asyncio.create_task(roof())
+            await settle()
+            go_on.set()
+            assert await asked == ["left of base", "right of base"]
+            assert await asked_too == ["roof", "left of base", "right of base"]
+
     async def test_a_background_task_of_a_finished_factory_may_ask_for_it(self) -> None:
         @request_scoped
         async def db() -> AsyncIterator[str]:
@@ -1272,3 +1305,18 @@ async def test_a_plain_with_block_holds_sync_resources_only_in_async_code_too() 
             await db()
         tenant.release()
         assert tenant() == "tenant"
+
+
+async def test_a_set_up_that_the_garbage_collector_ends_leaves_its_context_alone() -> None:
+    @request_scoped
+    async def db() -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield "db"
+
+    async with request_scope() as scope:
+        asking = db()
+        contextvars.copy_context().run(asking.send, None)
+        assert under_way(scope) == [db.resource]
+        asking.close()
+        assert current_scope() is scope
+        assert under_way(scope) == []

@@ -272,6 +272,16 @@ if django.VERSION >= (6, 1):
         assert connection.status == 500
         assert log == ["db set up", "db torn down"] * 2
 
+    def test_a_scope_that_sync_code_opens_is_of_the_event_loop_that_first_uses_it():
+        request_started.send(ASGIHandler, scope={"method": "GET", "path": "/"})
+        try:
+            assert asyncio.run(db()) == "db"
+            with pytest.raises(AsyncResourceError, match="another one"):
+                asyncio.run(db())
+        finally:
+            request_finished.send(ASGIHandler)
+        assert log == ["db set up", "db torn down"]
+
 else:
 
     async def test_the_async_client_before_6_1_raises_an_error_that_names_the_remedy():
