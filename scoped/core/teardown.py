@@ -99,6 +99,8 @@ def _ended(
 ) -> None:
     resource, scope = record.resource, record.scope
     record.gone()
+    if scope.ending is not None:  # another thread may have come to release it meanwhile
+        scope.told_of_end(record)
     if error is not None:
         if isinstance(error, Exception):
             note(error, f"while {resource} was torn down")
