@@ -563,6 +563,19 @@ async def test_what_middleware_returns_commits_be_it_a_403(way):
     assert log == COMMITTED
 
 
+async def test_where_nothing_was_raised_the_signal_that_something_was_tells_of_no_failure():
+    """Some send it by hand, to have an error tracker told."""
+
+    @view
+    async def tells(request):
+        await plain()
+        got_request_exception.send(sender=None, request=request)
+        return HttpResponse("fine")
+
+    assert (await get("/tells")).status == 200
+    assert log == ["plain committed"]
+
+
 @pytest.mark.usefixtures("_middleware")
 async def test_a_failure_that_is_noted_first_counts():
     """As where a framework makes a response of it, and the middleware raises after that."""
