@@ -689,7 +689,6 @@ class TestShutdown:
         await closing
         assert log == ["later", "pool"]
 
-
     def test_the_last_request_may_end_in_the_thread_that_has_set_up_what_it_holds(
         self, log: list[str]
     ) -> None:

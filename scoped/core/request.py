@@ -137,8 +137,8 @@ class RequestScope(Scope):
         return self.lifespan
 
     async def _closed(self) -> None:
-        if self.lifespan is not None:
-            await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
+        assert self.lifespan is not None
+        await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """As a decorator: a new scope for each call of a function or coroutine function."""
