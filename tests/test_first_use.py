@@ -1320,3 +1320,36 @@ async def test_a_set_up_that_the_garbage_collector_ends_leaves_its_context_alone
         asking.close()
         assert current_scope() is scope
         assert under_way(scope) == []
+
+
+@pytest.mark.parametrize("where", ["owner", "child"])
+async def test_a_scope_that_a_factory_holds_is_its_own_and_not_that_of_who_asks(where: str) -> None:
+    """Promise 15."""
+    log: list[str] = []
+
+    @request_scoped
+    async def nested() -> AsyncIterator[str]:
+        async with request_scope():
+            yield await name()
+
+    @request_scoped
+    def sync_nested() -> Iterator[None]:
+        with request_scope():
+            yield
+
+    @request_scoped
+    async def name() -> AsyncIterator[str]:
+        yield "name"
+        log.append("name")
+
+    async with request_scope() as scope:
+        assert await (nested() if where == "owner" else asyncio.create_task(nested())) == "name"
+        assert current_scope() is scope
+        if where == "owner":
+            sync_nested()
+        else:
+            await sync_to_async(sync_nested)()
+        assert current_scope() is scope
+        assert name.resource not in scope.records
+        await name()
+    assert log == ["name", "name"]

@@ -250,9 +250,13 @@ class TestReverseOrder:
             finally:
                 raise kind("the teardown")
 
-        async def main() -> None:
+        async def leave() -> None:
             opened.append(request_scope().open())
             await asyncio.create_task(db())
+
+        async def main() -> None:
+            await asyncio.create_task(leave())
+            await settle()
 
         opened: list[Scope] = []
         asyncio.run(main())

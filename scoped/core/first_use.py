@@ -163,6 +163,9 @@ async def _set_up(
         if not scope.complete(record, generator, value):
             await _refuse(record)
     except BaseException as raised:
+        # Where the garbage collector has ended this, it is somebody else's Context.
+        if current.get() is record:
+            current.set(outer)
         error = _explained(record, raised)
         scope.fail(record, error)
         if began:
@@ -174,11 +177,9 @@ async def _set_up(
         finally:
             del error
     finally:
-        # Where the garbage collector has ended this, it is somebody else's Context.
-        if current.get() is record:
-            current.set(outer)
         if asker is not None:
             asker.got(record)
+    current.set(outer)  # which its factory may have set: to a scope that it holds, say
     if began:
         _tell(record, began, None, asked_by)
     return value
@@ -326,7 +327,7 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         del error
         raise
     finally:
-        if context is None and current.get() is record:
+        if context is None:
             current.set(outer)
         if asker is not None:
             asker.got(record)
