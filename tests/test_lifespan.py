@@ -2,8 +2,6 @@
 
 import asyncio
 import gc
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -555,31 +553,6 @@ class TestShutdown:
             runner.run(begin())
             runner.run(end())
         assert log == ["request", "pool"]
-
-    @pytest.mark.parametrize("end", ["", "loop.close()\n"], ids=["stopped", "closed"])
-    def test_where_the_event_loop_is_left_without_a_word_it_ends_with_the_process(
-        self, end: str
-    ) -> None:
-        """daphne stops it. What is closed can be run no more."""
-        program = (
-            "import asyncio\n"
-            "from scoped import lifespan_scoped\n"
-            "from scoped.core.request import ServedScope\n"
-            "@lifespan_scoped\n"
-            "async def pool():\n"
-            "    yield\n"
-            "    print('pool')\n"
-            "async def request():\n"
-            "    scope = ServedScope('the request GET /').open()\n"
-            "    await pool()\n"
-            "    await scope.close()\n"
-            "loop = asyncio.new_event_loop()\n"
-            "loop.run_until_complete(request())\n"
-            "print('served')\n"
-        )
-        command = [sys.executable, "-c", program + end]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert ran.stdout == ("served\n" if end else "served\npool\n")
 
     def test_a_served_request_keeps_it_until_the_event_loop_ends(self, log: list[str]) -> None:
         """A server without the lifespan protocol says nothing at its end."""
