@@ -612,7 +612,10 @@ async def test_a_message_that_comes_when_it_has_ended_is_none_of_its_affair(hand
             except asyncio.CancelledError:
                 return {"type": "http.request"}
 
-    connection = Server(handler, "/used")
+    async def suspends(number, message):
+        await asyncio.sleep(0)  # so that it is listened for
+
+    connection = Server(handler, "/used", before_send=suspends)
     await connection.run()
     assert connection.complete
     assert torn_down_once()

@@ -874,17 +874,17 @@ async def test_cancelled_while_it_waits_for_a_release_the_end_waits_on_and_then_
 
 async def test_who_waits_for_a_release_may_be_cancelled_in_the_moment_it_ends():
     async def cancel():
+        await turns()
         waiting.cancel()
 
     db, other = resource("db", pause=cancel), resource("other")
     async with request_scope():
-        await in_child(db)
+        await db()
         await in_child(other)
-        releasing = asyncio.create_task(db.release())
         waiting = asyncio.create_task(other.release())
+        await db.release()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        await releasing
         assert log == ["db 1"]
     assert log == ["db 1", "other 1"]
 
