@@ -569,6 +569,22 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a scope that a factory holds becomes that of who asks",
+        (
+            "core/first_use",
+            "    current.set(outer)  # which its factory may have set: to a scope that it holds, say\n",
+            "    if current.get() is record:\n        current.set(outer)\n",
+        ),
+    ),
+    mutation(
+        "what a thread came to release too late is told of as being torn down for ever",
+        (
+            "core/teardown",
+            "    if scope.ending is not None:  # another thread may have come to release it meanwhile\n        scope.told_of_end(record)\n",
+            "",
+        ),
+    ),
+    mutation(
         "a task that shares a Context is taken for a part of the set-up there",
         (
             "core/first_use",

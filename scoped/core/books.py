@@ -126,7 +126,9 @@ class Books:
         except AttributeError:
             return False
         record.state = ENDING
-        if self.records.get(record.resource) is record:  # pragma: no branch (not after a fork)
+        if (
+            self.records.get(record.resource) is record
+        ):  # pragma: no branch (a fork empties the books)
             del self.records[record.resource]
         return True
 
@@ -144,7 +146,7 @@ class Books:
 
     def told_of_end(self, record: Record) -> None:
         """Its teardown is over."""
-        if self.ending is not None:  # pragma: no branch (it is after a fork)
+        if self.ending is not None:  # pragma: no branch (a fork takes it away)
             self.ending.pop(record, None)
 
     def _table_of_ending(self) -> dict[Record, Record | None]:
