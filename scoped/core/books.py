@@ -126,9 +126,7 @@ class Books:
         except AttributeError:
             return False
         record.state = ENDING
-        if (
-            self.records.get(record.resource) is record
-        ):  # pragma: no branch (a fork empties the books)
+        if self.records.get(record.resource) is record:  # pragma: no branch (a fork empties them)
             del self.records[record.resource]
         return True
 
