@@ -49,9 +49,8 @@ def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]"
         and scope.owner is asyncio.current_task()
     ):  # the most frequent case by far, which waits for nobody
         asker = asker_here()
-        record, is_new = scope.begin(resource, asker)
-        if is_new:
-            return _set_up(record, asker)
+        record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
+        return _set_up(record, asker)
     return _get(scope, resource)
 
 
