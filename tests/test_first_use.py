@@ -587,6 +587,27 @@ class TestWaitersAreInnocent:
             assert all(task.cancelled() for task in tasks)
         assert len(log) <= 4
 
+    async def test_the_owner_takes_over_when_a_set_up_that_a_child_has_begun_is_cancelled(
+        self,
+    ) -> None:
+        tasks: list[asyncio.Task[Any] | None] = []
+
+        @request_scoped
+        async def odd() -> str:
+            tasks.append(asyncio.current_task())
+            await asyncio.sleep(0)
+            if len(tasks) == 1:
+                raise asyncio.CancelledError
+            return "odd"
+
+        async with request_scope():
+            child = asyncio.create_task(odd())
+            await asyncio.sleep(0)
+            assert await odd() == "odd"
+            assert tasks[1] is asyncio.current_task()
+            with pytest.raises(asyncio.CancelledError):
+                await child
+
     async def test_a_cancelled_task_does_not_strand_a_connection_that_was_just_given_to_it(
         self,
     ) -> None:

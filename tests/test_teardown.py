@@ -705,8 +705,9 @@ class TestAllOfIt:
         with pytest.raises(ScopeClosedError):
             await stray
 
+    @pytest.mark.parametrize("fails", [False, True], ids=["well", "badly"])
     async def test_a_set_up_that_completes_though_the_scope_closes_is_torn_down_at_once(
-        self, log: list[str], tracked: Make
+        self, fails: bool, log: list[str], tracked: Make, caplog: pytest.LogCaptureFixture
     ) -> None:
         one = tracked("one")
 
@@ -720,6 +721,8 @@ class TestAllOfIt:
                 yield "too late"
             except ValueError:
                 log.append("stubborn torn down, and knows why")
+                if fails:
+                    raise KeyError("the teardown") from None
 
         async def use_it() -> None:
             async with request_scope():
@@ -733,6 +736,7 @@ class TestAllOfIt:
         assert log == ["stubborn set up", "stubborn torn down, and knows why", "one"]
         with pytest.raises(ScopeClosedError):
             await strays[0]
+        assert ("the teardown" in caplog.text) is fails
 
     async def test_a_set_up_in_a_thread_that_comes_too_late_is_torn_down_there(
         self, log: list[str]

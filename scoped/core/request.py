@@ -132,8 +132,9 @@ class RequestScope(Scope):
                 if not self.is_open:
                     lifespan.part_soon(self)
                     raise ScopeClosedError(resource, self)
-            elif lifespans.get(self.loop) is lifespan:  # the server shuts down
-                raise ScopeClosedError(resource, lifespan)
+            # Else it has gone since the look, and another thread was the last to use it.
+            elif lifespans.get(self.loop) is lifespan:  # pragma: no branch
+                raise ScopeClosedError(resource, lifespan)  # the server shuts down
         return self.lifespan
 
     async def _closed(self) -> None:
