@@ -284,8 +284,8 @@ class _Conversation:
             self.task.cancel()
             await outlast(self.task)
             raise
-        if self.context is not None:
-            _adopt(self.context)
+        assert self.context is not None  # there is a response
+        _adopt(self.context)
         return response
 
     async def converse(self) -> HttpResponseBase:

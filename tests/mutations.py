@@ -529,7 +529,8 @@ MUTATIONS = [
         (
             "core/record",
             "                del waiters[waiter]  # whoever completes it and whoever takes it may come at "
-            "once\n            except KeyError:\n                continue\n",
+            "once\n            except KeyError:  # pragma: no cover (a race of two threads)\n"
+            "                continue\n",
             "                __import__('time').sleep(0.0001)\n"
             "                waiters.pop(waiter, None)\n"
             "            except KeyError:\n                continue\n",
@@ -549,7 +550,7 @@ MUTATIONS = [
     ),
     mutation(
         "who has stopped waiting stays among those who wait",
-        ("core/first_use", "            record.waiters.pop(waiter, None)\n", "            pass\n"),
+        ("core/first_use", "        record.waiters.pop(waiter, None)\n", "        pass\n"),
     ),
     mutation(
         "a set-up that has failed stays behind",
@@ -565,6 +566,22 @@ MUTATIONS = [
             "core/first_use",
             "        # Where the garbage collector has ended this, it is somebody else's Context.\n        if current.get() is record:\n",
             "        if True:\n",
+        ),
+    ),
+    mutation(
+        "a scope that a factory holds becomes that of who asks",
+        (
+            "core/first_use",
+            "    current.set(outer)  # which its factory may have set: to a scope that it holds, say\n",
+            "    if current.get() is record:\n        current.set(outer)\n",
+        ),
+    ),
+    mutation(
+        "what a thread came to release too late is told of as being torn down for ever",
+        (
+            "core/teardown",
+            "    if scope.ending is not None:  # another thread may have come to release it meanwhile\n        scope.told_of_end(record)\n",
+            "",
         ),
     ),
     mutation(
@@ -1077,7 +1094,7 @@ MUTATIONS = [
     # Background tasks, tests, signals
     mutation(
         "a background task that shutdown no longer waits for runs on",
-        ("serving/background", "            self.task.cancel()\n", "            return None\n"),
+        ("serving/background", "        self.task.cancel()\n", "        return None\n"),
     ),
     mutation(
         "a background task uses the request's thread",

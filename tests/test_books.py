@@ -827,6 +827,84 @@ class TestThreadsAtTheMomentOfClosing:
         assert sorted(taken) == [False, True]
         assert log == ["tenant"]
 
+    @pytest.mark.parametrize("ends", ["under way", "over"])
+    def test_a_release_that_finds_it_taken_by_the_end_of_the_scope_leaves_it_alone(
+        self, ends: str, log: list[str]
+    ) -> None:
+        claimed, taken, released = threading.Event(), threading.Event(), threading.Event()
+
+        class Overtaken(RequestScope):
+            """It closes when a thread is about to release, and takes first."""
+
+            __slots__ = ()
+
+            def take(self, record: Record) -> bool:
+                if threading.get_ident() != here:
+                    claimed.set()
+                    assert taken.wait(DEADLINE)
+                    return super().take(record)
+                is_mine = super().take(record)
+                if ends == "under way":
+                    taken.set()
+                return is_mine
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            yield "tenant"
+            if ends == "under way":
+                assert released.wait(DEADLINE)
+            log.append("tenant")
+
+        def use_and_release() -> None:
+            tenant()
+            tenant.release()
+            log.append("released")
+            released.set()
+
+        here = threading.get_ident()
+        with Overtaken("the request scope") as scope:
+            thread = in_thread(use_and_release, contextvars.copy_context())
+            assert claimed.wait(DEADLINE)
+        taken.set()
+        thread.join(DEADLINE)
+        assert sorted(log) == ["released", "tenant"]
+        assert what_is_kept(scope) == []
+
+    @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another"])
+    def test_nor_for_one_of_sync_code(self, others: bool, log: list[str]) -> None:
+        seen, go_on = threading.Event(), threading.Event()
+
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        class Overtaken(RequestScope):
+            """Ends in the moment in which a thread is about to find its lifespan."""
+
+            __slots__ = ()
+
+            def need_lifespan(self, resource: Resource[Any]) -> LifespanScope:
+                seen.set()
+                assert go_on.wait(DEADLINE)
+                return super().need_lifespan(resource)
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                pool()
+            log.append("told")
+
+        with Overtaken("the request scope"):
+            thread = in_thread(ask, contextvars.copy_context())
+            assert seen.wait(DEADLINE)
+        with request_scope():
+            if others:
+                assert pool() == "pool"
+            go_on.set()
+            thread.join(DEADLINE)
+            assert log == ["told"]
+        assert log == (["told", "pool"] if others else ["told"])
+
     async def test_a_lifespan_is_not_begun_for_a_request_that_has_ended(
         self, log: list[str]
     ) -> None:

@@ -7,15 +7,19 @@ whatever a response does when it is closed.
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.signals import request_finished
 from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.test import override_settings
 
 from scoped import request_scoped
 from scoped.asgi import ScopedASGIHandler
+from scoped.core.waits import hop, run_without_loop
+from scoped.serving.bounds import in_thread, sync_code_ended
+from scoped.serving.threads import LentThread
 from scoped.testing import AsyncClient, Client
 from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
@@ -79,6 +83,12 @@ async def hang(name="hung"):
         await asyncio.Event().wait()
     finally:
         log.append(name)
+
+
+async def settle():
+    """Let every other task run until it waits for something."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def messages(caplog):
@@ -243,6 +253,127 @@ async def test_a_sync_view_that_never_ends_after_its_client_has_gone(connected, 
     async with asyncio.timeout(30):
         await finished.wait()
     assert log == ["torn down", "audit"]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_fails_when_nobody_waits_for_it_any_more_is_logged(released, caplog):
+    """At work in its thread, or in the queue behind what hangs there."""
+    loop, reached = asyncio.get_running_loop(), asyncio.Event()
+
+    def failing(name):
+        def close():
+            if name == "at work":
+                released.wait(30)
+            raise OSError(name)
+
+        response = HttpResponse()
+        response.close = close
+        return response
+
+    @view
+    async def closes_badly(request):
+        await db()
+        return failing("at work")
+
+    @view
+    def blocks_too(request):
+        loop.call_soon_threadsafe(reached.set)
+        released.wait(30)
+        return failing("in the queue")
+
+    async def late(name):
+        async with asyncio.timeout(30):
+            while not any("late: " in line and name in line for line in messages(caplog)):
+                await asyncio.sleep(0.001)
+
+    with pytest.raises(TimeoutError, match=r"the response's close\(\)"):
+        await Connection(ScopedASGIHandler(), "/closes_badly").run()
+    lent = LentThread()
+    lent.submit(released.wait, 30)
+    await in_thread(lent, failing("in the queue").close, "What is in the queue")
+    released.set()
+    await late("at work")
+    await late("in the queue")
+    lent.give_back()
+
+
+async def test_a_timeout_of_the_work_s_own_is_no_bound_of_ours():
+    @view
+    async def times_out(request):
+        def close():
+            raise TimeoutError("the disk did not answer")
+
+        response = HttpResponse()
+        response.close = close
+        return response
+
+    with pytest.raises(TimeoutError, match="the disk did not answer"):
+        await Connection(ScopedASGIHandler(), "/times_out").run()
+
+
+async def test_cancelled_while_it_waits_for_sync_code_it_waits_on_and_then_says_so(released):
+    lent = LentThread()
+    running = lent.submit(released.wait, 30)
+    waiting = asyncio.create_task(sync_code_ended(lent, "the request"))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    released.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await running
+    lent.give_back()
+
+
+@pytest.mark.parametrize("seconds", [None, 1])
+async def test_work_in_a_thread_is_waited_for_though_the_task_that_gave_it_is_cancelled(
+    seconds, released
+):
+    """As all tasks are when an event loop ends: with a bound it then ends at once."""
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+    def work():
+        loop.call_soon_threadsafe(begun.set)
+        released.wait(30)
+        log.append("worked")
+
+    before = asyncio.all_tasks()
+    hopping = asyncio.create_task(hop(work, seconds=seconds))
+    await begun.wait()
+    [giver] = asyncio.all_tasks() - before - {hopping}
+    for _ in range(2):
+        giver.cancel()
+        await settle()
+    assert not giver.done()
+    if seconds is None:
+        released.set()
+        await hopping
+    else:
+        with pytest.raises(TimeoutError):
+            await hopping
+        giver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await giver
+        released.set()
+        await sync_to_async(lambda: None)()
+    assert log == ["worked"]
+
+
+async def test_a_thread_that_has_ended_does_no_work_and_that_is_said():
+    ended = ThreadPoolExecutor(1)
+    ended.shutdown()
+    context = ThreadSensitiveContext()
+    async with context:
+        SyncToAsync.context_to_thread_executor[context] = ended
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            await hop(lambda: log.append("worked"))
+    assert log == []
+
+
+def test_what_is_sync_and_yet_waits_is_a_fault_and_no_hang():
+    with pytest.raises(AssertionError, match="suspended"):
+        run_without_loop(asyncio.sleep(0))
 
 
 def test_an_event_loop_ends_though_a_receiver_hangs_in_its_thread(connected, released, impatient):

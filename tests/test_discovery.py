@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.test import override_settings
 
 from scoped import lifespan_scope, lifespan_scoped, request_scope
 from scoped.core.lifespan import eager
+from scoped.discovery import import_resources, import_urls
 from tests.startproject import Project
 
 DECLARES = """
@@ -107,6 +109,16 @@ def test_a_urlconf_that_cannot_be_imported_is_told_and_the_rest_is_set_up(projec
     said = project._python("start.py").stderr
     assert "The URLconf could not be imported at start-up" in said
     assert "RuntimeError: no views" in said
+
+
+@pytest.mark.parametrize("urlconf", [None, "nowhere.urls"])
+def test_where_there_is_no_urlconf_there_is_nothing_to_find(
+    urlconf: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with override_settings(ROOT_URLCONF=urlconf):
+        import_resources()
+        import_urls()
+    assert ("No module named 'nowhere'" in caplog.text) is (urlconf is not None)
 
 
 async def test_declared_after_start_up_it_is_told_that_it_is_too_late(

@@ -604,6 +604,59 @@ async def test_a_message_after_the_body_is_an_error(handler, finished):
     assert len(finished) == 1
 
 
+async def test_a_message_that_comes_when_it_has_ended_is_none_of_its_affair(handler, finished):
+    class Server(Connection):
+        async def receive(self):
+            try:
+                return await super().receive()
+            except asyncio.CancelledError:
+                return {"type": "http.request"}
+
+    async def suspends(number, message):
+        await asyncio.sleep(0)  # so that it is listened for
+
+    connection = Server(handler, "/used", before_send=suspends)
+    await connection.run()
+    assert connection.complete
+    assert torn_down_once()
+    assert finished == ["set in the view"]
+
+
+async def test_a_receiver_that_is_cancelled_after_the_client_has_gone(handler, finished):
+    """The server, which has said so itself, is told of no cancellation that is not its own."""
+
+    async def cancelled(**kwargs):
+        raise asyncio.CancelledError
+
+    request_finished.connect(cancelled)
+    try:
+        connection = Connection(handler, "/hangs")
+        task = connection.start()
+        await reached.wait()
+        connection.disconnect()
+        await task
+    finally:
+        request_finished.disconnect(cancelled)
+    assert torn_down_once("CancelledError"), log
+    assert len(finished) == 1
+
+
+def test_sync_code_that_waits_for_a_request_whose_client_goes(handler, finished):
+    async def run():
+        global reached
+        reached = asyncio.Event()
+        connection = Connection(handler, "/sync-hangs")
+        task = connection.start()
+        await reached.wait()
+        connection.disconnect()
+        await task
+        assert connection.sent == []
+
+    async_to_sync(run)()
+    assert torn_down_once("CancelledError"), log
+    assert finished == ["set in the view"]
+
+
 async def test_no_signal_when_the_client_goes_while_the_body_is_read(handler, finished):
     connection = Connection(handler, "/used", body=[b"half"])
     connection.messages = asyncio.Queue()

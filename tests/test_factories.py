@@ -76,6 +76,16 @@ class TestTheFourKinds:
         with request_scope():
             assert now() == now() > 0
 
+    def test_one_that_is_wrapped_in_itself_is_taken_as_it_is(self) -> None:
+        def number() -> int:
+            return 1
+
+        number.__wrapped__ = number  # type: ignore[attr-defined]
+        declared = request_scoped(number)
+        assert number.__qualname__ in str(declared.resource)
+        with request_scope():
+            assert declared() == 1
+
     def test_the_decorated_function_looks_like_the_factory(self) -> None:
         @request_scoped
         async def db() -> str:
@@ -196,6 +206,30 @@ class TestFoundOutWhenItRuns:
         assert "sync_twice" in str(first)
         assert isinstance(second, FactoryError)
         assert "more than once" in str(second)
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["well", "badly"])
+    async def test_also_after_its_teardown_has_waited(self, fails: bool) -> None:
+        log: list[str] = []
+
+        @request_scoped
+        async def twice() -> AsyncIterator[int]:
+            yield 1
+            await asyncio.sleep(0)
+            try:
+                yield 2
+            finally:
+                log.append("closed")
+                if fails:
+                    raise KeyError("while it was closed")
+
+        with pytest.raises(TeardownError) as caught:
+            async with request_scope():
+                assert await twice() == 1
+        assert log == ["closed"]
+        [error] = caught.value.exceptions
+        assert isinstance(error, FactoryError)
+        assert "more than once" in str(error)
+        assert isinstance(error.__cause__, KeyError) is fails
 
     def test_a_sync_function_that_returns_a_coroutine(self) -> None:
         async def connect() -> str:

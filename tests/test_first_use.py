@@ -587,6 +587,27 @@ class TestWaitersAreInnocent:
             assert all(task.cancelled() for task in tasks)
         assert len(log) <= 4
 
+    async def test_the_owner_takes_over_when_a_set_up_that_a_child_has_begun_is_cancelled(
+        self,
+    ) -> None:
+        tasks: list[asyncio.Task[Any] | None] = []
+
+        @request_scoped
+        async def odd() -> str:
+            tasks.append(asyncio.current_task())
+            await asyncio.sleep(0)
+            if len(tasks) == 1:
+                raise asyncio.CancelledError
+            return "odd"
+
+        async with request_scope():
+            child = asyncio.create_task(odd())
+            await asyncio.sleep(0)
+            assert await odd() == "odd"
+            assert tasks[1] is asyncio.current_task()
+            with pytest.raises(asyncio.CancelledError):
+                await child
+
     async def test_a_cancelled_task_does_not_strand_a_connection_that_was_just_given_to_it(
         self,
     ) -> None:
@@ -845,6 +866,39 @@ class TestCirclesAreErrors:
                 "right of base",
             ]
         assert log == ["base"]
+
+    async def test_two_who_wait_for_one_that_still_comes_are_no_circle(self) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def base() -> str:
+            await go_on.wait()
+            return "base"
+
+        @request_scoped
+        async def left() -> str:
+            return "left of " + await base()
+
+        @request_scoped
+        async def right() -> str:
+            return "right of " + await base()
+
+        @request_scoped
+        async def top() -> list[str]:
+            return await asyncio.gather(left(), right())
+
+        @request_scoped
+        async def roof() -> list[str]:
+            return ["roof", *await top()]
+
+        async with request_scope():
+            asked = asyncio.create_task(top())
+            await settle()
+            asked_too = asyncio.create_task(roof())
+            await settle()
+            go_on.set()
+            assert await asked == ["left of base", "right of base"]
+            assert await asked_too == ["roof", "left of base", "right of base"]
 
     async def test_a_background_task_of_a_finished_factory_may_ask_for_it(self) -> None:
         @request_scoped
@@ -1272,3 +1326,51 @@ async def test_a_plain_with_block_holds_sync_resources_only_in_async_code_too() 
             await db()
         tenant.release()
         assert tenant() == "tenant"
+
+
+async def test_a_set_up_that_the_garbage_collector_ends_leaves_its_context_alone() -> None:
+    @request_scoped
+    async def db() -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield "db"
+
+    async with request_scope() as scope:
+        asking = db()
+        contextvars.copy_context().run(asking.send, None)
+        assert under_way(scope) == [db.resource]
+        asking.close()
+        assert current_scope() is scope
+        assert under_way(scope) == []
+
+
+@pytest.mark.parametrize("where", ["owner", "child"])
+async def test_a_scope_that_a_factory_holds_is_its_own_and_not_that_of_who_asks(where: str) -> None:
+    """Promise 15."""
+    log: list[str] = []
+
+    @request_scoped
+    async def nested() -> AsyncIterator[str]:
+        async with request_scope():
+            yield await name()
+
+    @request_scoped
+    def sync_nested() -> Iterator[None]:
+        with request_scope():
+            yield
+
+    @request_scoped
+    async def name() -> AsyncIterator[str]:
+        yield "name"
+        log.append("name")
+
+    async with request_scope() as scope:
+        assert await (nested() if where == "owner" else asyncio.create_task(nested())) == "name"
+        assert current_scope() is scope
+        if where == "owner":
+            sync_nested()
+        else:
+            await sync_to_async(sync_nested)()
+        assert current_scope() is scope
+        assert name.resource not in scope.records
+        await name()
+    assert log == ["name", "name"]

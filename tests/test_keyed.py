@@ -223,3 +223,9 @@ async def test_it_may_live_until_the_response() -> None:
         assert log == ["-b", "-a"]
         with pytest.raises(ScopeClosedError):
             await transaction("c")
+
+
+async def test_outside_any_scope_there_is_nothing_to_release() -> None:
+    await lock.release("a")
+    price.release("bread")
+    assert log == []

@@ -25,6 +25,8 @@ from scoped.core import lifespan as lifespans
 from scoped.core import scope as scopes
 from scoped.core.lifespan import LifespanScope
 from scoped.core.request import RequestScope, ServedScope
+from scoped.serving.threads import LentThread
+from tests.slowness import within
 
 MARK: ContextVar[str] = ContextVar("MARK", default="unset")
 
@@ -507,6 +509,51 @@ class TestShutdown:
             runner.run(enter())
         assert log == ["pool"]
 
+    def test_left_open_and_cancelled_twice_it_still_waits_for_requests_and_is_not_lost(
+        self, log: list[str]
+    ) -> None:
+        """What an event loop that ends cancels, somebody else may cancel once more."""
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            try:
+                yield "pool"
+            finally:
+                log.append("pool")
+
+        async def enter() -> None:
+            await lifespan_scope().__aenter__()
+            await pool()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                await release.wait()
+                log.append("request")
+
+        async def end() -> None:
+            mine = {asyncio.current_task(), requests[0]}
+            for _ in range(2):
+                for task in asyncio.all_tasks() - mine:
+                    task.cancel()
+                await settle()
+            assert log == []
+            release.set()
+            await requests[0]
+            await settle()
+
+        async def begin() -> None:
+            requests.append(asyncio.create_task(request()))
+            await settle()
+
+        requests: list[asyncio.Task[None]] = []
+        with asyncio.Runner() as runner:
+            runner.run(enter())
+            release = asyncio.Event()
+            runner.run(begin())
+            runner.run(end())
+        assert log == ["request", "pool"]
+
     def test_a_served_request_keeps_it_until_the_event_loop_ends(self, log: list[str]) -> None:
         """A server without the lifespan protocol says nothing at its end."""
 
@@ -615,8 +662,82 @@ class TestShutdown:
         await closing
         assert log == ["later", "pool"]
 
+    def test_the_last_request_may_end_in_the_thread_that_has_set_up_what_it_holds(
+        self, log: list[str]
+    ) -> None:
+        """In sync code of threads that are lent: there is a way back, and no need of it."""
+
+        @lifespan_scoped
+        def settings() -> Iterator[int]:
+            thread = threading.get_ident()
+            yield thread
+            assert threading.get_ident() == thread
+            log.append("settings")
+
+        opened, asked, parted = threading.Event(), threading.Event(), threading.Event()
+
+        def first() -> None:
+            with request_scope():
+                settings_of_none()
+                opened.set()
+                assert asked.wait(within(10))
+            parted.set()
+
+        def last() -> int:
+            assert opened.wait(within(10))
+            with request_scope():
+                thread = settings()
+                asked.set()
+                assert parted.wait(within(10))
+                assert log == []
+                return thread
+
+        @lifespan_scoped
+        def settings_of_none() -> str:
+            return "implies the lifespan"
+
+        async def main() -> None:
+            with LentThread() as one, LentThread() as other:
+                [_, thread] = await asyncio.gather(one.submit(first), other.submit(last))
+                assert thread == await other.submit(threading.get_ident)
+
+        asyncio.run(main())
+        assert log == ["settings"]
+
 
 class TestEager:
+    def test_in_sync_code_what_is_sync_is_set_up_and_the_rest_is_not(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        async def pool() -> None:
+            log.append("pool")
+
+        @lifespan_scoped(eager=True)
+        def settings() -> Iterator[str]:
+            log.append("+settings")
+            yield "settings"
+            log.append("-settings")
+
+        with lifespan_scope():
+            assert log == ["+settings"]
+        assert log == ["+settings", "-settings"]
+
+    def test_in_sync_code_a_failure_closes_what_was_opened(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        def settings() -> Iterator[str]:
+            try:
+                yield "settings"
+            finally:
+                log.append("settings")
+
+        @lifespan_scoped(eager=True)
+        def cache() -> str:
+            raise ValueError("no cache")
+
+        with pytest.raises(ValueError, match="no cache"), lifespan_scope():
+            log.append("started")
+        assert log == ["settings"]
+        assert scopes.current.get() is None
+
     async def test_it_is_set_up_when_the_lifespan_opens_in_order(self, log: list[str]) -> None:
         @lifespan_scoped(eager=True)
         async def pool() -> AsyncIterator[str]:
@@ -690,6 +811,13 @@ class TestEager:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert log == ["slow ended", "pool"]
+
+
+async def test_one_block_holds_it_once() -> None:
+    block = lifespan_scope()
+    async with block:
+        with pytest.raises(RuntimeError, match="make a new one for each use"):
+            await block.__aenter__()
 
 
 def test_an_async_resource_in_sync_code_is_refused_and_nothing_is_left() -> None:

@@ -7,6 +7,7 @@ refused in words that say what to do. Promises 18 and 26.
 import asyncio
 import contextvars
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import django
 import pytest
@@ -271,6 +272,22 @@ if django.VERSION >= (6, 1):
         await connection.run()
         assert connection.status == 500
         assert log == ["db set up", "db torn down"] * 2
+
+    def test_a_scope_that_sync_code_opens_is_of_the_event_loop_that_first_uses_it():
+        """In a thread that belongs to no event loop yet."""
+
+        def serve():
+            request_started.send(ASGIHandler, scope={"method": "GET", "path": "/"})
+            try:
+                assert asyncio.run(db()) == "db"
+                with pytest.raises(AsyncResourceError, match="another one"):
+                    asyncio.run(db())
+            finally:
+                request_finished.send(ASGIHandler)
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(contextvars.Context().run, serve).result()
+        assert log == ["db set up", "db torn down"]
 
 else:
 

@@ -4,6 +4,7 @@ and before it all that was set up with it; asked for again, it is set up anew.
 """
 
 import asyncio
+import contextvars
 import threading
 
 import asyncpg
@@ -17,6 +18,7 @@ from scoped import (
     NoScopeError,
     ScopeClosedError,
     TeardownError,
+    current_scope,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -791,6 +793,124 @@ async def test_a_response_waits_for_a_release_under_way():
     await get("/leaves", before_send=sent)
     await releases[0]
     assert log == ["transaction 1", "db 1", "sent", "sent"]
+
+
+async def test_a_boundary_teardown_may_release_what_lives_until_the_response_too():
+    inner = resource("inner", until="response")
+    outer = resource("outer", inner, until="response", pause=inner.release)
+    async with request_scope() as scope:
+        await outer()
+        await scope.end_response()
+        assert log == ["inner 1", "outer 1"]
+
+
+async def test_a_boundary_that_is_cancelled_waits_for_what_its_teardowns_have_left_behind():
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    releases = []
+
+    async def slow():
+        begun.set()
+        await go_on.wait()
+
+    async def leaves():
+        releases.append(asyncio.create_task(inner.release()))
+        await begun.wait()
+
+    inner = resource("inner", until="response", pause=slow)
+    outer = resource("outer", until="response", pause=leaves)
+
+    async def request():
+        async with request_scope() as scope:
+            await in_child(inner)
+            await outer()
+            with pytest.raises(asyncio.CancelledError):
+                await scope.end_response()
+            log.append("ended")
+
+    running = asyncio.create_task(request())
+    await begun.wait()
+    await turns()
+    running.cancel()
+    await turns()
+    assert log == ["outer 1"]
+    go_on.set()
+    await running
+    await releases[0]
+    assert log == ["outer 1", "inner 1", "ended"]
+
+
+@pytest.mark.parametrize("until", ["response", None])
+async def test_cancelled_while_it_waits_for_a_release_the_end_waits_on_and_then_says_so(until):
+    """Of the response, or of the scope. Promise 8."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow():
+        begun.set()
+        await go_on.wait()
+
+    db = resource("db", until=until, pause=slow)
+
+    async def request():
+        async with request_scope() as scope:
+            await in_child(db)
+            releases.append(asyncio.create_task(db.release()))
+            await begun.wait()
+            with pytest.raises(asyncio.CancelledError):
+                await (scope.end_response() if until else scope.close())
+            log.append("ended")
+
+    releases = []
+    running = asyncio.create_task(request())
+    await begun.wait()
+    await turns()
+    running.cancel()
+    await turns()
+    assert log == []
+    go_on.set()
+    await running
+    await releases[0]
+    assert log == ["db 1", "ended"]
+
+
+async def test_who_waits_for_a_release_may_be_cancelled_in_the_moment_it_ends():
+    async def cancel():
+        await turns()
+        waiting.cancel()
+
+    db, other = resource("db", pause=cancel), resource("other")
+    async with request_scope():
+        await db()
+        await in_child(other)
+        waiting = asyncio.create_task(other.release())
+        await db.release()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert log == ["db 1"]
+    assert log == ["db 1", "other 1"]
+
+
+async def test_a_teardown_may_ask_for_what_is_not_set_up_yet():
+    late = resource("late")
+
+    async def asks():
+        assert await late() == "late 1"
+
+    db = resource("db", pause=asks)
+    async with request_scope():
+        await db()
+        await db.release()
+        assert log == ["db 1"]
+    assert log == ["db 1", "late 1"]
+
+
+async def test_a_release_that_the_garbage_collector_ends_leaves_its_context_alone():
+    db = resource("db", pause=asyncio.Event().wait)
+    async with request_scope() as scope:
+        await db()
+        released = db.release()
+        contextvars.copy_context().run(released.send, None)
+        released.close()
+        assert current_scope() is scope
 
 
 # In requests

@@ -332,6 +332,38 @@ async def test_when_the_last_receiver_is_gone_nothing_is_sent_any_more() -> None
     assert events.observer is None
 
 
+async def test_who_ceases_to_listen_while_something_is_set_up_hears_no_more_of_it() -> None:
+    def hear(**kwargs: Any) -> None:
+        pytest.fail("it was told")
+
+    signals.resource_set_up.connect(hear)
+
+    @request_scoped
+    async def db() -> str:
+        signals.resource_set_up.disconnect(hear)
+        return "db"
+
+    async with request_scope():
+        assert await db() == "db"
+
+
+async def test_where_nobody_listens_a_set_up_fails_as_it_does_elsewhere() -> None:
+    @request_scoped
+    async def db() -> str:
+        raise ValueError("no db")
+
+    @request_scoped
+    def tenant() -> str:
+        raise ValueError("no tenant")
+
+    assert events.observer is None
+    async with request_scope():
+        with pytest.raises(ValueError, match="no db"):
+            await db()
+        with pytest.raises(ValueError, match="no tenant"):
+            tenant()
+
+
 def holding(*names: str) -> list[OpenScope]:
     """Those that hold resources of this module: other tests' may be open, too."""
     ours = {f"{__name__}.{name}" for name in names}

@@ -26,6 +26,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core.scope import Scope
+from scoped.core.waits import run_without_loop
 from tests.tables import what_is_kept
 
 
@@ -75,6 +76,10 @@ WHERE = pytest.mark.parametrize("where", ["owner", "child"])
 async def ask(resource: Any, where: str) -> Any:
     """First use in the scope's owner, or in a child task and so in a keeper."""
     return await (resource() if where == "owner" else asyncio.create_task(resource()))
+
+
+class GraveError(BaseException):
+    """No Exception, and nothing that ends the event loop."""
 
 
 class TestReverseOrder:
@@ -233,6 +238,58 @@ class TestReverseOrder:
             assert repr(opened[0]).endswith("closed>")
             log.clear()
             opened.clear()
+
+    @pytest.mark.parametrize("kind", [ValueError, GraveError])
+    def test_what_fails_then_is_logged_for_nobody_is_left_to_be_told(
+        self, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            try:
+                yield "db"
+            finally:
+                raise kind("the teardown")
+
+        async def leave() -> None:
+            opened.append(request_scope().open())
+            await asyncio.create_task(db())
+
+        async def main() -> None:
+            await asyncio.create_task(leave())
+            await settle()
+
+        opened: list[Scope] = []
+        asyncio.run(main())
+        assert repr(opened[0]).endswith("closed>")
+        assert "the teardown" in caplog.text
+
+    def test_a_scope_whose_event_loop_was_closed_under_it_can_still_be_closed(
+        self, log: list[str]
+    ) -> None:
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            yield "db"
+
+        @request_scoped
+        async def own() -> AsyncIterator[str]:
+            yield "own"
+            log.append("own")
+
+        async def main() -> Scope:
+            scope = request_scope().open()
+            await own()
+            await asyncio.create_task(db())
+            return scope
+
+        loop = asyncio.new_event_loop()
+        scope = loop.run_until_complete(main())
+        loop.run_until_complete(settle())
+        loop.close()
+        with pytest.raises(TeardownError) as caught:
+            asyncio.run(scope.close())
+        assert [str(error) for error in caught.value.exceptions] == ["Event loop is closed"]
+        assert log == ["own"]
+        assert repr(scope).endswith("closed>")
 
 
 class TestAllOfIt:
@@ -462,9 +519,46 @@ class TestAllOfIt:
                 await tracked("hanging", hang)()
         assert [type(error) for error in caught.value.exceptions] == [ValueError]
 
+    async def test_one_that_hangs_is_cancelled_though_another_may_take_longer(
+        self, log: list[str], tracked: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The bound is that of the moment in which each began."""
+        go_on = asyncio.Event()
+        patient, hanging = tracked("patient", go_on.wait), tracked("hanging", asyncio.Event().wait)
+
+        async def hold() -> None:
+            async with request_scope():
+                await patient()
+
+        monkeypatch.setattr(Scope, "teardown_timeout", 3600)
+        holding = asyncio.create_task(hold())
+        await settle()
+        monkeypatch.setattr(Scope, "teardown_timeout", 0.02)
+        with pytest.raises(TeardownError):
+            async with request_scope():
+                await hanging()
+        assert log == ["patient", "hanging"]
+        assert not holding.done()
+        go_on.set()
+        await holding
+
+    async def test_teardowns_in_two_event_loops_are_bounded_each_in_its_own(
+        self, log: list[str], tracked: Make, short_patience: None
+    ) -> None:
+        async def in_a_scope() -> None:
+            with pytest.raises(TeardownError):
+                async with request_scope():
+                    await tracked("hanging", asyncio.Event().wait)()
+
+        await in_a_scope()
+        await asyncio.to_thread(asyncio.run, in_a_scope())
+        await in_a_scope()
+        assert log == ["hanging"] * 3
+
     @pytest.mark.usefixtures("short_patience")
+    @pytest.mark.parametrize("fails", [True, False], ids=["badly", "well"])
     async def test_a_thread_that_hangs_is_left_behind(
-        self, log: list[str], caplog: pytest.LogCaptureFixture
+        self, fails: bool, log: list[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         """Promises 8 and 21."""
         go_on = threading.Event()
@@ -473,7 +567,8 @@ class TestAllOfIt:
         def hanging() -> Iterator[str]:
             yield "hanging"
             go_on.wait(5)
-            raise ValueError("late")
+            if fails:
+                raise ValueError("late")
 
         @request_scoped
         async def db() -> AsyncIterator[str]:
@@ -490,7 +585,7 @@ class TestAllOfIt:
             go_on.set()
             await sync_to_async(lambda: None)()  # the thread has got so far
             await settle()
-        assert "late" in caplog.text
+        assert ("late" in caplog.text) is fails
 
     async def test_what_waits_for_its_thread_is_torn_down_though_cancelled(
         self, log: list[str]
@@ -610,8 +705,9 @@ class TestAllOfIt:
         with pytest.raises(ScopeClosedError):
             await stray
 
+    @pytest.mark.parametrize("fails", [False, True], ids=["well", "badly"])
     async def test_a_set_up_that_completes_though_the_scope_closes_is_torn_down_at_once(
-        self, log: list[str], tracked: Make
+        self, fails: bool, log: list[str], tracked: Make, caplog: pytest.LogCaptureFixture
     ) -> None:
         one = tracked("one")
 
@@ -625,6 +721,8 @@ class TestAllOfIt:
                 yield "too late"
             except ValueError:
                 log.append("stubborn torn down, and knows why")
+                if fails:
+                    raise KeyError("the teardown") from None
 
         async def use_it() -> None:
             async with request_scope():
@@ -638,6 +736,7 @@ class TestAllOfIt:
         assert log == ["stubborn set up", "stubborn torn down, and knows why", "one"]
         with pytest.raises(ScopeClosedError):
             await strays[0]
+        assert ("the teardown" in caplog.text) is fails
 
     async def test_a_set_up_in_a_thread_that_comes_too_late_is_torn_down_there(
         self, log: list[str]
@@ -662,6 +761,75 @@ class TestAllOfIt:
             await stray
         assert log == ["tenant"]
         assert what_is_kept(scope) == []
+
+    async def test_that_of_a_lifespan_in_the_thread_that_it_has_of_its_own(
+        self, log: list[str]
+    ) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            begun.set()
+            go_on.wait(5)
+            thread = threading.get_ident()
+            yield "settings"
+            assert threading.get_ident() == thread
+            log.append("settings")
+
+        async with lifespan_scope():
+            stray = asyncio.create_task(asyncio.to_thread(settings))
+            await asyncio.to_thread(begun.wait, 5)
+        assert log == []
+        go_on.set()
+        with pytest.raises(ScopeClosedError):
+            await stray
+        assert log == ["settings"]
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["well", "badly"])
+    def test_so_is_one_whose_scope_another_thread_has_closed_meanwhile(
+        self, fails: bool, log: list[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            closer = threading.Thread(target=run_without_loop, args=[scope.close()])
+            closer.start()
+            closer.join()
+            yield "tenant"
+            log.append("tenant")
+            if fails:
+                raise ValueError("the teardown")
+
+        with request_scope() as scope, pytest.raises(ScopeClosedError):
+            tenant()
+        assert log == ["tenant"]
+        assert ("the teardown" in caplog.text) is fails
+        assert what_is_kept(scope) == []
+
+    @pytest.mark.parametrize("failure", [None, ValueError("the body")])
+    async def test_a_teardown_that_the_garbage_collector_ends_is_closed(
+        self, failure: Exception | None, log: list[str], tracked: Make
+    ) -> None:
+        """As where an event loop is closed without a word to its tasks."""
+
+        async def hang() -> None:
+            try:
+                await asyncio.Event().wait()
+            except GeneratorExit:
+                log.append("closed")
+                raise
+
+        scope = request_scope()
+        await scope.__aenter__()
+        await tracked("db", hang)()
+        closing = scope.close(failure)
+        closing.send(None)
+        assert log == ["db"]
+        closing.close()
+        scope.leave()
+        del closing, scope
+        gc.collect()
+        await settle()
+        assert log == ["db", "closed"]
 
 
 CURRENT: ContextVar[str] = ContextVar("CURRENT", default="unset")

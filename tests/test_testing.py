@@ -12,6 +12,8 @@ from unittest import mock
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.handlers.asgi import ASGIHandler
+from django.core.signals import request_started
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import SimpleTestCase, override_settings
 
@@ -447,6 +449,95 @@ class TestAsyncClient:
         async with AsyncClient(raise_request_exception=False) as client:
             assert (await client.get("/commits")).status_code == 500
 
+    async def test_a_malformed_request_is_a_400(self) -> None:
+        response = await AsyncClient().request(method="GET", path="/plain", query_string=b"\xff")
+        assert response.status_code == 400
+
+    async def test_what_a_request_fails_with_before_it_has_a_response_is_raised(self) -> None:
+        def fails(**kwargs: Any) -> None:
+            raise ValueError("a receiver's")
+
+        request_started.connect(fails)
+        try:
+            with pytest.raises(ValueError, match="a receiver's"):
+                await AsyncClient().get("/plain")
+        finally:
+            request_started.disconnect(fails)
+
+    async def test_a_request_that_is_never_answered_is_no_response(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where somebody has patched Django's handler."""
+
+        async def sends_nothing(*args: object) -> None: ...
+
+        monkeypatch.setattr(ASGIHandler, "send_response", sends_nothing)
+        with pytest.raises(RuntimeError, match="sent no response"):
+            await AsyncClient().get("/plain")
+        assert log[-1] == "-db"
+
+    async def test_what_is_sent_when_the_test_has_closed_the_stream_is_dropped(self) -> None:
+        go_on = asyncio.Event()
+
+        @view
+        async def waits(request: HttpRequest) -> StreamingHttpResponse:
+            async def body() -> AsyncIterator[bytes]:
+                await db()
+                yield b"first"
+                await go_on.wait()
+                yield b"dropped"
+
+            return StreamingHttpResponse(body())
+
+        async with AsyncClient() as client:
+            response = await client.get("/waits")
+            parts = response.streaming_content
+            assert await anext(parts) == b"first"
+            reading = asyncio.create_task(anext(parts))
+            await asyncio.sleep(0)
+            go_on.set()
+            response.close()
+            with pytest.raises(StopAsyncIteration):
+                await reading
+            assert log[-1] == "-db"
+
+    async def test_cancelled_while_the_request_ends_the_test_is_cancelled_when_it_has(self) -> None:
+        go_on = asyncio.Event()
+
+        @request_scoped
+        async def slow() -> AsyncIterator[None]:
+            try:
+                yield
+            finally:
+                log.append("ending")
+                await go_on.wait()
+                log.append("-slow")
+
+        @view
+        async def streams_slowly(request: HttpRequest) -> StreamingHttpResponse:
+            async def body() -> AsyncIterator[bytes]:
+                await slow()
+                yield b"part"
+
+            return StreamingHttpResponse(body())
+
+        async def read() -> None:
+            response = await AsyncClient().get("/streams_slowly")
+            async for _ in response.streaming_content:
+                pass
+
+        reading = asyncio.create_task(read())
+        while log != ["ending"]:
+            await asyncio.sleep(0.001)
+        for _ in range(2):
+            reading.cancel()
+            await asyncio.sleep(0)
+        assert not reading.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert log == ["ending", "-slow"]
+
     async def test_without_a_lifespan_it_lasts_until_the_event_loop_ends(self) -> None:
         await AsyncClient().get("/plain")
         assert log == ["+db", "+pool", "-db"]
@@ -496,6 +587,19 @@ class TestClient:
         assert "-tenant" not in log
         response.close()
         assert log[-2:] == ["-tenant", "-settings"]
+
+    def test_what_stops_the_program_closes_the_scope(self) -> None:
+        class StopError(BaseException):
+            pass
+
+        @view
+        def stops(request: HttpRequest) -> HttpResponse:
+            tenant()
+            raise StopError
+
+        with Client() as client, pytest.raises(StopError):
+            client.get("/sync/stops")
+        assert log[-3:] == ["tenant saw StopError", "-tenant", "-settings"]
 
     def test_until_the_response(self) -> None:
         @request_scoped(until="response")

@@ -14,7 +14,8 @@ from contextvars import ContextVar
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.core.cache import close_caches
+from django.core.cache import caches, close_caches
+from django.core.cache.backends.locmem import LocMemCache
 from django.core.signals import request_finished, request_started
 from django.db import close_old_connections, connections, reset_queries, transaction
 from django.db.backends.signals import connection_created
@@ -301,6 +302,91 @@ async def test_what_tidies_the_thread_late_does_so_before_whoever_is_next():
     assert threads._idle == deque()
 
 
+async def test_what_tidies_a_thread_and_fails_is_logged_and_the_thread_goes_on(caplog):
+    def fails():
+        raise OSError("the tidying")
+
+    with LentThread(fails) as thread:
+        assert await thread.submit(str, "work") == "work"
+        assert "Before a request's sync code: OSError('the tidying')" in caplog.text
+        thread.tidy_later(fails)
+    with LentThread() as thread:
+        assert await thread.submit(str, "more work") == "more work"
+        assert "In the thread for sync code: OSError('the tidying')" in caplog.text
+
+
+async def test_work_is_done_though_the_settings_of_the_databases_are_wrong(caplog):
+    before = connections.settings
+    try:
+        del connections.settings
+        connections._settings = {"other": {"ENGINE": "django.db.backends.sqlite3"}}
+        with LentThread() as thread:
+            assert await thread.submit(str, "work") == "work"
+            thread.lend_again = False
+    finally:
+        connections._settings = None
+        connections.settings = before
+    assert "You must define a 'default' database" in caplog.text
+
+
+async def test_the_way_back_to_a_thread_that_has_ended_says_so():
+    with LentThread() as thread:
+        await thread.submit(lambda: None)
+        worker = thread._worker
+        thread.lend_again = False
+    worker.thread.join(within(10))
+    with pytest.raises(RuntimeError, match=r"scoped-\d+ has ended"):
+        worker.submit(lambda: None)
+
+
+async def test_cancelled_while_idle_threads_end_it_waits_for_them_and_then_says_so():
+    go_on = threading.Event()
+    with LentThread() as thread:
+        await thread.submit(lambda: None)
+        thread.tidy_later(lambda: go_on.wait(within(10)))
+    ending = asyncio.create_task(threads.idle_ended())
+    await asyncio.sleep(0)
+    ending.cancel()
+    await asyncio.sleep(0)
+    assert not ending.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    assert threads._idle == deque()
+
+
+# Caches: what closes them may have to wait for a server, so it is done in the thread
+
+
+class Cache(LocMemCache):
+    def close(self):
+        order.append(("closed", threading.get_ident()))
+
+
+order = []
+
+
+async def test_a_cache_that_was_used_is_closed_in_the_thread(handler):
+    @view
+    async def uses_cache(request):
+        caches["default"].set("key", "value")
+        return HttpResponse()
+
+    order.clear()
+    with override_settings(CACHES={"default": {"BACKEND": f"{__name__}.Cache"}}):
+        await get(handler, "/in_async_code_only")
+        assert order == []
+        await get(handler, "/uses_cache")
+    [(_, thread)] = order
+    assert thread in {one.ident for one in ours()}
+
+
+async def test_one_that_cannot_be_imported_keeps_no_request_from_its_end(handler):
+    with override_settings(CACHES={"default": {"BACKEND": "no.such.Cache"}}):
+        connection = await get(handler, "/in_async_code_only")
+    assert connection.complete
+
+
 def test_a_background_task_has_a_thread_where_there_is_no_django():
     program = (
         "import asyncio, sys\n"
@@ -560,6 +646,22 @@ async def test_when_the_test_client_returns_no_connection_is_left_in_another_thr
     """Or the test database could not be dropped."""
     assert (await AsyncClient().get("/sync/queries")).status_code == 200
     assert [connection.connection for connection in database] == [None]
+
+
+async def test_a_connection_that_cannot_be_closed_is_told_and_the_thread_ends(database, caplog):
+    def connects():
+        def fails():
+            raise OSError("the network")
+
+        connections["default"].ensure_connection()
+        connections["default"].close = fails
+
+    with LentThread(lend_again=False) as thread:
+        await thread.submit(connects)
+        worker = thread._worker
+    await asyncio.to_thread(worker.thread.join, within(10))
+    assert not worker.thread.is_alive()
+    assert "A database connection could not be closed: OSError('the network')" in caplog.text
 
 
 def test_the_tidy_receivers_are_those_that_django_connects():

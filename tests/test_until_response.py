@@ -404,7 +404,8 @@ async def test_a_sync_streaming_body_is_told_the_same():
     assert log == ["tenant set up", "tenant torn down"]
 
 
-async def test_a_stream_that_is_dropped_for_a_500_is_never_begun_and_closed():
+@pytest.mark.parametrize("closes", ["well", "badly"])
+async def test_a_stream_that_is_dropped_for_a_500_is_never_begun_and_closed(closes, caplog):
     class Body:
         def __aiter__(self):
             log.append("iterated")
@@ -415,6 +416,8 @@ async def test_a_stream_that_is_dropped_for_a_500_is_never_begun_and_closed():
 
         async def aclose(self):
             log.append("stream closed")
+            if closes == "badly":
+                raise OSError("the file is gone")
 
     @view
     async def streams(request):
@@ -424,6 +427,7 @@ async def test_a_stream_that_is_dropped_for_a_500_is_never_begun_and_closed():
         return response
 
     assert (await get("/streams")).status == 500
+    assert ("the file is gone" in caplog.text) is (closes == "badly")
     assert (
         [entry for entry in log if "transaction" not in entry and "db" not in entry]
         == [

@@ -215,6 +215,22 @@ async def test_a_task_that_waited_for_something_cancelled_is_told_of_with_django
     assert log == rolled_back("CancelledError")
 
 
+def test_so_is_sync_code_that_waits_for_the_request(told):
+    """In whose thread what is sync runs then."""
+
+    @view
+    async def awaits_what_is_cancelled(request):
+        await plain()
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    connection = async_to_sync(get)("/awaits_what_is_cancelled")
+    assert connection.status == 500
+    assert log == ["plain rolled back: CancelledError"]
+    assert len(told) == 1
+
+
 async def test_under_the_client_the_test_gets_the_error_itself():
     @view
     async def cancelled(request):
@@ -545,6 +561,19 @@ async def test_what_middleware_raises_is_a_failure(way, what, where):
 async def test_what_middleware_returns_commits_be_it_a_403(way):
     assert await WAYS[way]("returns=1") == 403
     assert log == COMMITTED
+
+
+async def test_where_nothing_was_raised_the_signal_that_something_was_tells_of_no_failure():
+    """Some send it by hand, to have an error tracker told."""
+
+    @view
+    async def tells(request):
+        await plain()
+        got_request_exception.send(sender=None, request=request)
+        return HttpResponse("fine")
+
+    assert (await get("/tells")).status == 200
+    assert log == ["plain committed"]
 
 
 @pytest.mark.usefixtures("_middleware")

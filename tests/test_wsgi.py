@@ -39,6 +39,7 @@ from scoped import (
 from scoped.core import lifespan as lifespans
 from scoped.core.current import current
 from scoped.core.waits import run_without_loop
+from scoped.serving.receivers import connect, open_foreign
 from scoped.wsgi import ScopedWSGIHandler, get_wsgi_application
 from tests.processes import eventually
 from tests.slowness import within
@@ -478,6 +479,62 @@ def test_a_stream_that_the_server_gives_up_is_no_failure_and_is_closed():
         del chunks
         body.close()
     assert log == ["tenant set up", "stream closed", "tenant torn down"]
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume asynchronous iterators")
+def test_the_factory_sees_what_an_async_stream_raised():
+    @view
+    def streams(request):
+        async def body(name):
+            yield name
+            if request.GET:
+                raise KeyError
+
+        return StreamingHttpResponse(body(tenant()))
+
+    assert get("/streams") == (200, b"tenant")
+    assert log == ["tenant set up", "tenant torn down"]
+    log.clear()
+    with pytest.raises(KeyError):
+        get("/streams", QUERY_STRING="raises")
+    assert log == ["tenant set up", "tenant saw KeyError"]
+
+
+def test_an_async_stream_that_is_given_up_is_no_failure():
+    """By who iterates over it in async code of a thread."""
+
+    @view
+    def streams(request):
+        async def body(name):
+            while True:
+                yield name
+
+        return StreamingHttpResponse(body(tenant()))
+
+    async def first(parts):
+        part = await anext(parts)
+        await parts.aclose()
+        return part
+
+    response = ScopedWSGIHandler()(environ("/streams"), lambda status, headers: None)
+    assert asyncio.run(first(response._iterator)) == b"tenant"
+    response.close()
+    assert log == ["tenant set up", "tenant torn down"]
+
+
+def test_where_somebody_has_disconnected_what_opens_the_scope_all_else_works():
+    @view
+    def fine(request):
+        with pytest.raises(NoScopeError):
+            tenant()
+        return HttpResponse("fine")
+
+    handler = ScopedWSGIHandler()
+    request_started.disconnect(open_foreign)
+    try:
+        assert call(handler, "/fine") == ("200 OK", b"fine")
+    finally:
+        connect()
 
 
 # Async ones

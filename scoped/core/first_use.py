@@ -49,9 +49,8 @@ def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]"
         and scope.owner is asyncio.current_task()
     ):  # the most frequent case by far, which waits for nobody
         asker = asker_here()
-        record, is_new = scope.begin(resource, asker)
-        if is_new:
-            return _set_up(record, asker)
+        record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
+        return _set_up(record, asker)
     return _get(scope, resource)
 
 
@@ -91,10 +90,8 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
     if asker is not None:
         try:
             asker.need(record, waiter)
-        except CircularResourceError as error:
+        except CircularResourceError:
             if not _is_of_another_task(asker):
-                if is_new:
-                    record.scope.fail(record, error)
                 raise
             asker = None  # it only shares the Context, and so is no part of that set-up
     timer: asyncio.TimerHandle | None = None
@@ -105,14 +102,14 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
             asked_by = None if asker is None else asker.resource
             keeper.start(lambda new: _set_up(new, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
-            return None
+            return None  # pragma: no cover (it has gone since begin(): a thread's doing)
         elif getattr(AsyncToSync.executors, "current", None) is not None:
             # Sync code waits for this task, in a thread that the set-up may need.
             timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)
         return await waiter
     finally:
-        if record.waiters is not None:
-            record.waiters.pop(waiter, None)
+        assert record.waiters is not None
+        record.waiters.pop(waiter, None)
         if asker is not None:
             asker.got(waiter)
         if timer is not None:
@@ -122,7 +119,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
 
 
 def _give_up(record: Record, waiter: "asyncio.Future[Any]") -> None:
-    if not waiter.done():
+    if not waiter.done():  # pragma: no branch (it came in the very turn in which time was up)
         error = AsyncResourceError(
             record.resource,
             record.scope,
@@ -165,6 +162,9 @@ async def _set_up(
         if not scope.complete(record, generator, value):
             await _refuse(record)
     except BaseException as raised:
+        # Where the garbage collector has ended this, it is somebody else's Context.
+        if current.get() is record:
+            current.set(outer)
         error = _explained(record, raised)
         scope.fail(record, error)
         if began:
@@ -176,11 +176,9 @@ async def _set_up(
         finally:
             del error
     finally:
-        # Where the garbage collector has ended this, it is somebody else's Context.
-        if current.get() is record:
-            current.set(outer)
         if asker is not None:
             asker.got(record)
+    current.set(outer)  # which its factory may have set: to a scope that it holds, say
     if began:
         _tell(record, began, None, asked_by)
     return value
@@ -288,8 +286,8 @@ def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
             )
         return latch.outcome
     finally:
-        if record.waiters is not None:
-            record.waiters.pop(latch, None)
+        assert record.waiters is not None
+        record.waiters.pop(latch, None)
         if asker is not None:
             asker.got(latch)
 
@@ -328,7 +326,7 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         del error
         raise
     finally:
-        if context is None and current.get() is record:
+        if context is None:
             current.set(outer)
         if asker is not None:
             asker.got(record)

@@ -18,5 +18,5 @@ scopes: "set[ReferenceType[Scope]] | None" = None
 
 def note(scope: "Scope") -> None:
     """Until it is collected. Twice is no harm."""
-    if scopes is not None:
-        scopes.add(ref(scope, scopes.discard))
+    assert scopes is not None
+    scopes.add(ref(scope, scopes.discard))

@@ -117,8 +117,7 @@ class Keeper:
     def tear_down(
         self, record: Record, failure: BaseException | None
     ) -> Coroutine[Any, Any, None] | None:
-        if not self.verdict.done():
-            self.verdict.set_result(failure)
+        self.verdict.set_result(failure)
         assert self.task is not None
         return _wait_for(record, self.task)
 

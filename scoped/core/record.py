@@ -93,7 +93,7 @@ class Record:
         """To be told. Whoever waits looks at the state after this, so that nobody is missed."""
         if self.waiters is None:
             with _lock:
-                if self.waiters is None:
+                if self.waiters is None:  # pragma: no branch (another thread has, since)
                     self.waiters = {}
         self.waiters[waiter] = None
 
@@ -104,7 +104,7 @@ class Record:
         for waiter in list(waiters):
             try:
                 del waiters[waiter]  # whoever completes it and whoever takes it may come at once
-            except KeyError:
+            except KeyError:  # pragma: no cover (a race of two threads)
                 continue
             if isinstance(waiter, Latch):
                 waiter.wake(outcome)
@@ -124,7 +124,7 @@ class Record:
     def use(self, other: "Record") -> None:
         if (uses := self.uses) is None:
             with _lock:
-                if (uses := self.uses) is None:
+                if (uses := self.uses) is None:  # pragma: no branch (another thread has, since)
                     uses = self.uses = {}
         uses[other] = None
 
@@ -140,7 +140,7 @@ class Record:
         """
         if (needs := self.needs) is None:
             with _lock:
-                if (needs := self.needs) is None:
+                if (needs := self.needs) is None:  # pragma: no branch (another thread has, since)
                     needs = self.needs = {}
         needs[waiter] = other
         if other.needs and (circle := other.way_to(self)):

@@ -132,13 +132,14 @@ class RequestScope(Scope):
                 if not self.is_open:
                     lifespan.part_soon(self)
                     raise ScopeClosedError(resource, self)
-            elif lifespans.get(self.loop) is lifespan:  # the server shuts down
-                raise ScopeClosedError(resource, lifespan)
+            # Else it has gone since the look, and another thread was the last to use it.
+            elif lifespans.get(self.loop) is lifespan:  # pragma: no branch
+                raise ScopeClosedError(resource, lifespan)  # the server shuts down
         return self.lifespan
 
     async def _closed(self) -> None:
-        if self.lifespan is not None:
-            await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
+        assert self.lifespan is not None
+        await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """As a decorator: a new scope for each call of a function or coroutine function."""

@@ -40,8 +40,8 @@ class _BackgroundScope(RequestScope):
         self.around = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":
-        if self.task is not None:
-            self.task.cancel()
+        assert self.task is not None
+        self.task.cancel()
         return self.task
 
 
