@@ -28,6 +28,7 @@ from scoped import (
 )
 from scoped.core import lifespan as lifespans
 from scoped.core import waits as waiting
+from scoped.core.record import Record
 from scoped.core.request import RequestScope
 from tests.slowness import within
 from tests.tables import what_is_kept
@@ -143,6 +144,34 @@ def test_what_threads_use_and_release_at_once_is_torn_down_once_for_each_set_up(
             assert [error for _, error in outcomes if error] == []
         assert len(set_up) == len(torn_down) == len(set(torn_down))
         assert what_is_kept(scope) == []
+
+
+def test_of_threads_that_take_a_record_in_the_same_moment_one_has_it() -> None:
+    """Promise 24. No lock of theirs brings them together: each would keep them apart by as much."""
+
+    @request_scoped
+    def thing() -> str:
+        return "thing"
+
+    with request_scope() as scope:
+        records = [Record(thing.resource, scope) for _ in range(100)]
+        for record in records:
+            scope.complete(record, None, "a value")
+        reached, taken = [0, 0], [[False] * len(records), [False] * len(records)]
+
+        def take_all(me: int) -> None:
+            for number, record in enumerate(records, 1):
+                reached[me] = number
+                while reached[1 - me] < number:
+                    pass
+                taken[me][number - 1] = scope.take(record)
+
+        pair = [threading.Thread(target=take_all, args=(me,)) for me in (0, 1)]
+        for thread in pair:
+            thread.start()
+        for thread in pair:
+            thread.join()
+    assert [one + other for one, other in zip(*taken, strict=True)] == [1] * len(records)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -16,6 +16,7 @@ The numbers are the order of completion: so a resource comes after all that its 
 the highest is torn down first.
 """
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ __all__ = ["Books"]
 
 # Held while a table is made that more than one thread may want to make.
 _lock = ForkSafeLock()
+
+# Held while a record is taken, where Python has no global lock.
+_taking = ForkSafeLock()
 
 
 class Books:
@@ -129,6 +133,17 @@ class Books:
         if self.records.get(record.resource) is record:
             del self.records[record.resource]
         return True
+
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        # There a slot can be deleted twice, and nobody is told (CPython's issue 146270).
+        _take_unlocked = take
+
+        def take(self, record: Record) -> bool:
+            value = getattr(record, "value", None)  # whose finalizer is not for under the lock
+            with _taking:
+                taken = self._take_unlocked(record)
+            del value
+            return taken
 
     def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
         """
