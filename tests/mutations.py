@@ -969,7 +969,7 @@ MUTATIONS = [
         "a release does not look anew at who has come to use it",
         (
             "core/books",
-            "            asker.use(record)\n            if self.ending is not None:\n                self.version += 1\n",
+            "            asker.use(record)\n            if self.ending is not None:\n                self.version = next_number()\n",
             "            asker.use(record)\n",
         ),
     ),
@@ -977,7 +977,7 @@ MUTATIONS = [
         "a release does not look anew at what was set up meanwhile",
         (
             "core/books",
-            "        record.state = HELD\n        if self.ending is not None:\n            self.version += 1\n",
+            "        record.state = HELD\n        if self.ending is not None:\n            self.version = next_number()\n",
             "        record.state = HELD\n",
         ),
     ),

@@ -55,7 +55,7 @@ class Books:
     # What is being torn down and must be waited for, each with the record whose own teardown has
     # released it, if so. Made when it is needed.
     ending: dict[Record, Record | None] | None
-    version: int  # changes when, during a release, anything is complete or used
+    version: int  # another one when, during a release, anything is complete or used
 
     def takes(self, resource: "Resource[Any]") -> bool:
         """Whether it can be set up here, still."""
@@ -82,7 +82,7 @@ class Books:
         if asker is not None:  # of this scope, or of a request that uses the lifespan's
             asker.use(record)
             if self.ending is not None:
-                self.version += 1
+                self.version = next_number()
             # Noted before the look: either the end waits for the thread, or the thread sees the
             # end, and uses nothing that goes meanwhile.
             if isinstance(asker.place, Thread) and not asker.scope.takes(asker.resource):
@@ -102,7 +102,7 @@ class Books:
         record.value = value
         record.state = HELD
         if self.ending is not None:
-            self.version += 1
+            self.version = next_number()
         # Looked at when it is in: either the teardown finds it, or this finds the scope closed.
         if (not self.is_open or self.has_responded) and (
             not self.takes(record.resource) and self.take_and_tell(record)
