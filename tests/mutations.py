@@ -958,6 +958,10 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "who has wrapped create_task does not see the request's task",
+        ("serving/exchange", ' and not hasattr(loop.create_task, "__wrapped__")', ""),
+    ),
+    mutation(
         "locks are held in a forked process too",
         ("core/waits", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
     ),
