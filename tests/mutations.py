@@ -967,7 +967,7 @@ MUTATIONS = [
     ),
     mutation(
         "a release looks once only",
-        ("core/release", "if scope.version != version or not users:", "if version < 0:"),
+        ("core/release", "if scope.version != version or not users:", "if not users:"),
     ),
     mutation(
         "a release does not look anew at who has come to use it",
@@ -989,13 +989,13 @@ MUTATIONS = [
         "a release is not checked again when it looks anew",
         (
             "core/release",
-            "                        self.check()\n                    except",
-            "                        pass\n                    except",
+            "                    users = self.check()\n                except",
+            "                    users = self.users()\n                except",
         ),
     ),
     mutation(
         "a release changes something before it is refused",
-        ("core/release", "        self.check()  # before anything changes\n", ""),
+        ("core/release", "self.check()  # before anything changes", "self.users()"),
     ),
     mutation(
         "a thread releases what another has set up",

@@ -150,7 +150,7 @@ class Books:
         As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
         for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
         """
-        self._table_of_ending()[record] = released_by
+        self.table_of_ending()[record] = released_by
         if self.take(record):
             return True
         if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
@@ -162,7 +162,7 @@ class Books:
         if self.ending is not None:
             self.ending.pop(record, None)
 
-    def _table_of_ending(self) -> dict[Record, Record | None]:
+    def table_of_ending(self) -> dict[Record, Record | None]:
         if (ending := self.ending) is None:
             with _lock:
                 if (ending := self.ending) is None:
@@ -172,7 +172,7 @@ class Books:
     @contextmanager
     def ending_now(self, record: Record) -> Generator[None]:
         """While it is being torn down: others wait for that, but not its own code."""
-        self._table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
+        self.table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
         try:
             yield
         finally:
