@@ -5,14 +5,16 @@ import pytest
 from tests import pages
 from tests.neighbours.running import found_by
 
+DATADOG = ("monitoring.md", "Datadog")
+
 pytestmark = [pytest.mark.neighbours, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datadog")
-    page = pages.DOCS / "recipes" / "monitoring.md"
-    for name, text in pages.files(page, "Datadog").items():
+    page, section = DATADOG
+    for name, text in pages.files(pages.DOCS / "recipes" / page, section).items():
         (folder / name).write_text(text)
     return {"stock": found_by("datadog", "stock"), "scoped": found_by("datadog", str(folder))}
 
