@@ -33,6 +33,7 @@ from django.dispatch import Signal
 from scoped.core import observer
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
+from scoped.core.waits import ForkSafeLock
 
 __all__ = ["resource_set_up", "resource_torn_down", "scope_closed", "scope_opened"]
 
@@ -109,10 +110,15 @@ def _send(signal: _Event, scope: Scope, **named: Any) -> None:
         _update()  # receivers are held weakly: perhaps the last one is gone
 
 
+# Held from the look until what it says is noted: whoever connects meanwhile would else be missed.
+_lock = ForkSafeLock()
+
+
 def _update() -> None:
     signals = (scope_opened, scope_closed, resource_set_up, resource_torn_down)
-    anybody = any(_is_alive(entry) for signal in signals for entry in list(signal.receivers))
-    observer.observer = _Sender() if anybody else None
+    with _lock:
+        anybody = any(_is_alive(entry) for signal in signals for entry in list(signal.receivers))
+        observer.observer = _Sender() if anybody else None
 
 
 def _is_alive(entry: tuple[Any, ...]) -> bool:

@@ -987,18 +987,22 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "who has wrapped create_task does not see the request's task",
+        ("serving/exchange", ' and not hasattr(loop.create_task, "__wrapped__")', ""),
+    ),
+    mutation(
         "locks are held in a forked process too",
         ("core/waits", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
     ),
     mutation(
         "a release looks once only",
-        ("core/release", "if scope.version != version or not users:", "if version < 0:"),
+        ("core/release", "if scope.version != version or not users:", "if not users:"),
     ),
     mutation(
         "a release does not look anew at who has come to use it",
         (
             "core/books",
-            "            asker.use(record)\n            if self.ending is not None:\n                self.version += 1\n",
+            "            asker.use(record)\n            if self.ending is not None:\n                self.version = next_number()\n",
             "            asker.use(record)\n",
         ),
     ),
@@ -1006,7 +1010,7 @@ MUTATIONS = [
         "a release does not look anew at what was set up meanwhile",
         (
             "core/books",
-            "        record.state = HELD\n        if self.ending is not None:\n            self.version += 1\n",
+            "        record.state = HELD\n        if self.ending is not None:\n            self.version = next_number()\n",
             "        record.state = HELD\n",
         ),
     ),
@@ -1014,13 +1018,13 @@ MUTATIONS = [
         "a release is not checked again when it looks anew",
         (
             "core/release",
-            "                        self.check()\n                    except",
-            "                        pass\n                    except",
+            "                    users = self.check()\n                except",
+            "                    users = self.users()\n                except",
         ),
     ),
     mutation(
         "a release changes something before it is refused",
-        ("core/release", "        self.check()  # before anything changes\n", ""),
+        ("core/release", "self.check()  # before anything changes", "self.users()"),
     ),
     mutation(
         "a thread releases what another has set up",

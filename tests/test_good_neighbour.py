@@ -450,3 +450,28 @@ def test_one_that_does_is_not_nor_is_a_test_client(caplog):
 
     asyncio.run(serve())
     assert logged(caplog) == []
+
+
+async def test_whoever_has_wrapped_create_task_sees_the_requests_task_before_its_first_step(
+    monkeypatch,
+) -> None:
+    """New Relic does: what it knows of a task it knows by the one that has created it."""
+    loop = asyncio.get_running_loop()
+    known: set[asyncio.Task[object] | None] = {asyncio.current_task()}
+
+    @functools.wraps(loop.create_task)
+    def create_task(*args: object, **kwargs: object) -> asyncio.Task[object]:
+        task = create_task.__wrapped__(*args, **kwargs)
+        if asyncio.current_task() in known:
+            known.add(task)
+        return task
+
+    @view
+    async def look(request):
+        log.append(asyncio.current_task() in known)
+        return HttpResponse()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "create_task", create_task)
+        await Connection(ScopedASGIHandler(), "/look").start()
+    assert log == [True]

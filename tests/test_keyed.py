@@ -183,14 +183,14 @@ async def test_no_message_and_no_picture_shows_an_argument() -> None:
         await lock(secret)
     shown.append(outside.value)
     with pytest.raises(TeardownError) as caught:
-        async with request_scope() as scope:
+        async with request_scope():
             with pytest.raises(OSError, match="broken") as failed:
                 await fails(secret)
             shown += failed.value.__notes__
             await fails("public")
             await lock(secret)
-            picture = next(one for one in inspect() if one.name == str(scope))
-            assert lock.resource.factory.name in picture.resources
+            name = lock.resource.factory.name
+            [picture] = [one for one in inspect() if name in one.resources]
             shown.append(picture)
             late = asyncio.get_running_loop().create_future()
             task = asyncio.create_task(after(late, secret))

@@ -21,13 +21,16 @@ from scoped import (
     AsyncResourceError,
     CircularResourceError,
     ScopeClosedError,
+    TeardownError,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
     request_scoped,
 )
 from scoped.core import lifespan as lifespans
+from scoped.core import release as releases
 from scoped.core import waits as waiting
+from scoped.core.record import Record
 from scoped.core.request import RequestScope
 from tests.slowness import within
 from tests.tables import what_is_kept
@@ -143,6 +146,70 @@ def test_what_threads_use_and_release_at_once_is_torn_down_once_for_each_set_up(
             assert [error for _, error in outcomes if error] == []
         assert len(set_up) == len(torn_down) == len(set(torn_down))
         assert what_is_kept(scope) == []
+
+
+def test_what_another_thread_sets_up_after_the_look_of_a_release_is_not_torn_down_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+
+    @request_scoped
+    def base() -> Iterator[str]:
+        yield "base"
+        log.append("-base")
+
+    @request_scoped
+    def user() -> Iterator[str]:
+        base()
+        yield "user"
+        log.append("-user")
+
+    check = releases._Release.check
+
+    def then_use_it(self: Any) -> Any:
+        monkeypatch.undo()
+        found = check(self)
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(user,))
+        thread.start()
+        thread.join()
+        return found
+
+    with request_scope():
+        base()
+        monkeypatch.setattr(releases._Release, "check", then_use_it)
+        with pytest.raises(TeardownError) as caught:
+            base.release()
+        assert [type(error) for error in caught.value.exceptions] == [AsyncResourceError]
+        assert log == []
+    assert log == ["-user", "-base"]
+
+
+def test_of_threads_that_take_a_record_in_the_same_moment_one_has_it() -> None:
+    """Promise 24. No lock of theirs brings them together: each would keep them apart by as much."""
+
+    @request_scoped
+    def thing() -> str:
+        return "thing"
+
+    with request_scope() as scope:
+        records = [Record(thing.resource, scope) for _ in range(100)]
+        for record in records:
+            scope.complete(record, None, "a value")
+        reached, taken = [0, 0], [[False] * len(records), [False] * len(records)]
+
+        def take_all(me: int) -> None:
+            for number, record in enumerate(records, 1):
+                reached[me] = number
+                while reached[1 - me] < number:
+                    pass
+                taken[me][number - 1] = scope.take(record)
+
+        pair = [threading.Thread(target=take_all, args=(me,)) for me in (0, 1)]
+        for thread in pair:
+            thread.start()
+        for thread in pair:
+            thread.join()
+    assert [one + other for one, other in zip(*taken, strict=True)] == [1] * len(records)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from scoped.core.lifespan import LifespanScope
 from scoped.core.request import RequestScope
 from scoped.core.scope import Scope
 from tests.connection import Connection
+from tests.slowness import within
 
 NAMES = ("scope_opened", "scope_closed", "resource_set_up", "resource_torn_down")
 
@@ -443,3 +445,39 @@ async def test_what_is_used_after_the_end_raises_though_somebody_listens(
 async def _late(task: "asyncio.Task[None]") -> None:
     await task
     await db()
+
+
+def test_whoever_connects_while_another_thread_looks_for_receivers_is_told() -> None:
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Collected(weakref.ref[Any]):
+        """A receiver that is no more, as the first look at it finds out in its time."""
+
+        def __call__(self) -> Any:
+            if not looking.is_set():
+                looking.set()
+                assert go_on.wait(within(20))
+            return None
+
+    def receiver(**kwargs: Any) -> None: ...
+
+    def look() -> None:
+        signals.resource_set_up.disconnect(receiver)
+
+    signals.resource_torn_down.connect(receiver)
+    lookup, _, *rest = signals.resource_torn_down.receivers[-1]
+    signals.resource_torn_down.receivers[-1] = (lookup, Collected(receiver), *rest)
+    looks = threading.Thread(target=look)
+    connects = threading.Thread(target=signals.scope_opened.connect, args=(receiver,))
+    try:
+        looks.start()
+        assert looking.wait(within(20))
+        connects.start()
+        connects.join(0.1)  # it need not be done, but what it would do by itself it has done
+        go_on.set()
+        looks.join()
+        connects.join()
+        assert events.observer is not None
+    finally:
+        signals.scope_opened.disconnect(receiver)
+        signals.resource_torn_down.disconnect(receiver)

@@ -16,6 +16,7 @@ The numbers are the order of completion: so a resource comes after all that its 
 the highest is torn down first.
 """
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ __all__ = ["Books"]
 # Held while a table is made that more than one thread may want to make.
 _lock = ForkSafeLock()
 
+# Held while a record is taken, where Python has no global lock.
+_taking = ForkSafeLock()
+
 
 class Books:
     """One half of a scope: what it holds. The other is its life, ``Scope``, which opens them."""
@@ -51,7 +55,7 @@ class Books:
     # What is being torn down and must be waited for, each with the record whose own teardown has
     # released it, if so. Made when it is needed.
     ending: dict[Record, Record | None] | None
-    version: int  # changes when, during a release, anything is complete or used
+    version: int  # another one when, during a release, anything is complete or used
 
     def takes(self, resource: "Resource[Any]") -> bool:
         """Whether it can be set up here, still."""
@@ -78,7 +82,7 @@ class Books:
         if asker is not None:  # of this scope, or of a request that uses the lifespan's
             asker.use(record)
             if self.ending is not None:
-                self.version += 1
+                self.version = next_number()
             # Noted before the look: either the end waits for the thread, or the thread sees the
             # end, and uses nothing that goes meanwhile.
             if isinstance(asker.place, Thread) and not asker.scope.takes(asker.resource):
@@ -98,7 +102,7 @@ class Books:
         record.value = value
         record.state = HELD
         if self.ending is not None:
-            self.version += 1
+            self.version = next_number()
         # Looked at when it is in: either the teardown finds it, or this finds the scope closed.
         if (not self.is_open or self.has_responded) and (
             not self.takes(record.resource) and self.take_and_tell(record)
@@ -130,12 +134,23 @@ class Books:
             del self.records[record.resource]
         return True
 
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        # There a slot can be deleted twice, and nobody is told (CPython's issue 146270).
+        _take_unlocked = take
+
+        def take(self, record: Record) -> bool:
+            value = getattr(record, "value", None)  # whose finalizer is not for under the lock
+            with _taking:
+                taken = self._take_unlocked(record)
+            del value
+            return taken
+
     def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
         """
         As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
         for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
         """
-        self._table_of_ending()[record] = released_by
+        self.table_of_ending()[record] = released_by
         if self.take(record):
             return True
         if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
@@ -147,7 +162,7 @@ class Books:
         if self.ending is not None:  # pragma: no branch (a fork takes it away)
             self.ending.pop(record, None)
 
-    def _table_of_ending(self) -> dict[Record, Record | None]:
+    def table_of_ending(self) -> dict[Record, Record | None]:
         if (ending := self.ending) is None:
             with _lock:
                 if (ending := self.ending) is None:  # pragma: no branch (another thread has, since)
@@ -157,7 +172,7 @@ class Books:
     @contextmanager
     def ending_now(self, record: Record) -> Generator[None]:
         """While it is being torn down: others wait for that, but not its own code."""
-        self._table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
+        self.table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
         try:
             yield
         finally:

@@ -63,8 +63,9 @@ class _Release:
 
     async def run(self) -> None:
         problems: list[BaseException] = []
-        self.check()  # before anything changes
-        for record in self.last_users_first(problems):
+        self.scope.table_of_ending()  # from now on what other threads change changes the version
+        version, users = self.scope.version, self.check()  # before anything changes
+        for record in self.last_users_first(version, users, problems):
             if record is None:  # another thread has it: what it uses goes after it
                 await self.wait_for_others()
             elif (rest := begin_end(record, None, problems)) is not None:
@@ -78,23 +79,23 @@ class _Release:
         else:
             wait_for_others_sync(self.scope, self.scope.teardown_timeout)
 
-    def last_users_first(self, problems: list[BaseException]) -> Iterator[Record | None]:
+    def last_users_first(
+        self, version: int, users: list[Record], problems: list[BaseException]
+    ) -> Iterator[Record | None]:
         """
         Takes them; None for one that somebody else has taken. Looks anew where anything has
         changed, for while one is torn down others may be set up with what is still there.
         """
-        scope, version = self.scope, -1
-        users: list[Record] = []
+        scope = self.scope
         while self.wanted.state == HELD and scope.is_open:
             if scope.version != version or not users:
-                if version >= 0:
-                    try:
-                        self.check()
-                    except AsyncResourceError as error:
-                        problems.append(error)
-                        return
-                version, users = scope.version, self.users()
-            if scope.take_and_tell(record := users.pop(), self.released_by):
+                version = scope.version
+                try:
+                    users = self.check()
+                except AsyncResourceError as error:
+                    problems.append(error)
+                    return
+            if users and scope.take_and_tell(record := users.pop(), self.released_by):
                 yield record
                 scope.told_of_end(record)
             else:
@@ -110,8 +111,8 @@ class _Release:
                 gone.add(record)
         return [record for record in records if record in gone]
 
-    def check(self) -> None:
-        """Raises AsyncResourceError where this is not the place, or not the time."""
+    def check(self) -> list[Record]:
+        """The users, unless this is not the place, or not the time: AsyncResourceError."""
         doomed = self.users()
         for record in doomed:
             self.check_place(record)
@@ -129,6 +130,7 @@ class _Release:
                     f"{record.resource} is being set up with it right now",
                     "Release it when that is done.",
                 )
+        return doomed
 
     def check_place(self, record: Record) -> None:
         if record.generator is None:

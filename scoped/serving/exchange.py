@@ -87,7 +87,9 @@ class Exchange:
         assert server is not None
         self.server, self.cancelled_before = server, server.cancelling()
         loop = server.get_loop()
-        if _EAGER and loop.get_task_factory() is None:
+        # Whoever wants to know of each task, as New Relic does, has set a factory or wrapped this.
+        is_plain = loop.get_task_factory() is None and not hasattr(loop.create_task, "__wrapped__")
+        if _EAGER and is_plain:
             # A request that never waits is over when this returns.
             return asyncio.Task(self.run(), loop=loop, eager_start=True)
         self.task = loop.create_task(self.run())

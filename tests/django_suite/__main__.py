@@ -19,6 +19,7 @@ from typing import Any
 import django
 
 from tests.django_suite.sources import default_cache, django_source
+from tests.ours_in_place import put_ours_in_place
 
 # What reaches an ASGI handler, AsyncClient or a signal; and what WSGI and sync test client requests
 # pass through, for our sync receivers are connected there. No database server is needed.
@@ -105,56 +106,6 @@ def main() -> int:
     whose, verdict = "stock" if options.stock else "scoped", "FAILED" if problems else "OK"
     print(f"Django {django.__version__}, {whose}: {'; '.join(summary)}. {verdict}")
     return 1 if problems else 0
-
-
-def put_ours_in_place() -> dict[str, Any]:
-    """Returns the class that serves requests, and counts them, by kind of request."""
-    import django.core.asgi
-    import django.core.handlers.asgi
-    import django.core.handlers.wsgi
-    import django.core.wsgi
-
-    from scoped.asgi import ScopedASGIHandler
-    from scoped.serving import receivers
-
-    handler = counting(ScopedASGIHandler)
-    # Before the next import: Django's static files handler takes its base from here.
-    django.core.handlers.asgi.ASGIHandler = handler
-    django.core.asgi.ASGIHandler = handler
-    import django.test.client
-    from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
-
-    from scoped.testing import ASGIClientHandler, AsyncClientHandler, WSGIClientHandler
-    from scoped.wsgi import ScopedWSGIHandler
-
-    if not issubclass(ASGIStaticFilesHandler, handler):
-        sys.exit("Django's static files handler was imported too early: its base is not ours.")
-    AsyncClientHandler.handler_class = counting(ASGIClientHandler)
-    django.test.client.AsyncClientHandler = AsyncClientHandler
-    django.test.client.ClientHandler = WSGIClientHandler
-    django.core.handlers.wsgi.WSGIHandler = ScopedWSGIHandler
-    django.core.wsgi.WSGIHandler = ScopedWSGIHandler
-    # As with "scoped" in INSTALLED_APPS: they must do no harm to others' requests.
-    receivers.connect()
-    return {"ASGI": handler, "AsyncClient": AsyncClientHandler.handler_class}
-
-
-def counting(base: Any) -> Any:
-    from scoped import NoScopeError, current_scope
-
-    class Counting(base):
-        served = 0
-        without_scope = 0
-
-        def create_request(self, scope: Any, body_file: Any) -> Any:
-            Counting.served += 1
-            try:
-                current_scope()
-            except NoScopeError:
-                Counting.without_scope += 1
-            return super().create_request(scope, body_file)
-
-    return Counting
 
 
 def run_django_tests(source: Path, labels: list[str]) -> unittest.TestResult | None:

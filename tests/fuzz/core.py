@@ -528,7 +528,7 @@ class Program(World):
     def check(self) -> None:
         rest = partial(_rests_in, DEADLINE)
         # In a thread whose caller has gone something may go on, for a moment.
-        rest(lambda: all(one.state not in ("setting up", "going") for one in self.attempts))
+        rest(lambda: all(map(_is_over, self.attempts)))
         self.check_attempts()
         self.check_values()
         for scope in self.closed:
@@ -553,6 +553,10 @@ class Program(World):
                 # What is released goes from the books first, and then begins to be torn down.
                 if other.up_at < one.going_at and not self.has_released:
                     self.problem("two at a time:", one, other)
+
+
+def _is_over(attempt: Attempt) -> bool:
+    return attempt.state in (("failed", "down") if attempt.is_generator else ("failed", "up"))
 
 
 def _kept(scope: Scope) -> list[object]:
