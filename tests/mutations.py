@@ -943,7 +943,7 @@ MUTATIONS = [
     ),
     mutation(
         "a release does not wait for what somebody else has taken meanwhile",
-        ("core/release", "            else:\n                yield None\n", ""),
+        ("core/release", "            elif scope.is_open:\n                yield None\n", ""),
     ),
     mutation(
         "what a thread takes after the look is not waited for",

@@ -831,18 +831,25 @@ class TestThreadsAtTheMomentOfClosing:
     def test_a_release_that_finds_it_taken_by_the_end_of_the_scope_leaves_it_alone(
         self, ends: str, log: list[str]
     ) -> None:
-        claimed, taken, released = threading.Event(), threading.Event(), threading.Event()
+        about, come, told, taken, released = (threading.Event() for _ in range(5))
 
         class Overtaken(RequestScope):
             """It closes when a thread is about to release, and takes first."""
 
             __slots__ = ()
 
+            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+                about.set()
+                assert come.wait(DEADLINE)
+                return super().take_and_tell(record, released_by)
+
             def take(self, record: Record) -> bool:
                 if threading.get_ident() != here:
-                    claimed.set()
+                    told.set()
                     assert taken.wait(DEADLINE)
                     return super().take(record)
+                come.set()
+                assert told.wait(DEADLINE)
                 is_mine = super().take(record)
                 if ends == "under way":
                     taken.set()
@@ -864,7 +871,7 @@ class TestThreadsAtTheMomentOfClosing:
         here = threading.get_ident()
         with Overtaken("the request scope") as scope:
             thread = in_thread(use_and_release, contextvars.copy_context())
-            assert claimed.wait(DEADLINE)
+            assert about.wait(DEADLINE)
         taken.set()
         thread.join(DEADLINE)
         assert sorted(log) == ["released", "tenant"]

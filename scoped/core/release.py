@@ -98,7 +98,7 @@ class _Release:
             if users and scope.take_and_tell(record := users.pop(), self.released_by):
                 yield record
                 scope.told_of_end(record)
-            else:
+            elif scope.is_open:
                 yield None
 
     def users(self) -> list[Record]:
