@@ -954,6 +954,22 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a teardown does not find what is there yet",
+        (
+            "core/lookup",
+            "(lifespan.is_open or resource in lifespan.records)",
+            "lifespan.is_open",
+        ),
+    ),
+    mutation(
+        "a teardown in a thread does not find the lifespan",
+        (
+            "core/lookup",
+            "    lifespan = None if scope is None or scope.is_over else scope.lifespan\n",
+            "    lifespan = scope if scope is not None and scope.lifespan is scope else None\n",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

@@ -314,6 +314,82 @@ class TestContext:
             assert gone() is None
 
 
+class TestATeardownMayUseWhatIsThereYet:
+    """What its factory has used is torn down after it, and so can be asked for again."""
+
+    @pytest.fixture
+    def settings(self, log: list[str]) -> Any:
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            yield "settings"
+            log.append("settings")
+
+        return settings
+
+    @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
+    async def test_that_of_a_lifespans_resource(
+        self, is_held: bool, settings: Any, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield settings()
+            log.append(f"pool, with {settings()}")
+
+        @lifespan_scoped
+        async def client() -> AsyncIterator[str]:
+            yield await pool()
+            log.append(f"client, with {await pool()}")
+
+        async def request() -> None:
+            async with request_scope():
+                await client()
+
+        if is_held:
+            async with lifespan_scope():
+                await request()
+        else:
+            await request()
+        assert log == ["client, with settings", "pool, with settings", "settings"]
+
+    @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
+    def test_that_of_one_of_sync_code(self, is_held: bool, settings: Any, log: list[str]) -> None:
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            yield settings()
+            log.append(f"pool, with {settings()}")
+
+        def request() -> None:
+            with request_scope():
+                pool()
+
+        if is_held:
+            with lifespan_scope():
+                request()
+        else:
+            request()
+        assert log == ["pool, with settings", "settings"]
+
+    @pytest.mark.parametrize("is_held", [True, False], ids=["held", "implied"])
+    async def test_that_of_a_requests_resource_in_a_thread(
+        self, is_held: bool, settings: Any, log: list[str]
+    ) -> None:
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            yield settings()
+            log.append(f"tenant, with {settings()}")
+
+        async def request() -> None:
+            async with request_scope():
+                await sync_to_async(tenant)()
+
+        if is_held:
+            async with lifespan_scope():
+                await request()
+        else:
+            await request()
+        assert log == ["tenant, with settings", "settings"]
+
+
 class TestShutdown:
     async def test_it_waits_for_open_requests(self, log: list[str]) -> None:
         @lifespan_scoped

@@ -57,6 +57,11 @@ class Books:
     ending: dict[Record, Record | None] | None
     version: int  # another one when, during a release, anything is complete or used
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all that it held has been torn down."""
+        return self._state == "closed"
+
     def takes(self, resource: "Resource[Any]") -> bool:
         """Whether it can be set up here, still."""
         return self.is_open and not (self.has_responded and resource.lifetime is RESPONSE)

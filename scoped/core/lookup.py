@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from scoped.core.current import current, scope_here
 from scoped.core.errors import LifetimeError, NoScopeError, ScopeClosedError
-from scoped.core.lifespan import LifespanScope, lifespans
+from scoped.core.lifespan import lifespans
 from scoped.core.record import STARTING, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import LIFESPAN, RESPONSE
@@ -37,8 +37,10 @@ def scope_for(resource: "Resource[Any]") -> "Scope":
 def _lifespan_for(resource: "Resource[Any]", scope: "Scope | None") -> "Scope":
     if isinstance(scope, RequestScope) and scope.is_open:
         return scope.need_lifespan(resource)
-    if isinstance(scope, LifespanScope) and scope.is_open:
-        return scope
+    # What is being torn down may use what is there yet, and has nobody else to find it by.
+    lifespan = None if scope is None or scope.is_over else scope.lifespan
+    if lifespan is not None and (lifespan.is_open or resource in lifespan.records):
+        return lifespan
     # Code that has outlived a request, or never had one, may use what is there.
     if (lifespan := lifespans.get(running_loop())) is not None:
         return lifespan
