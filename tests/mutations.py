@@ -970,6 +970,14 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a teardown in a thread is lost where its task is cancelled before its first step",
+        (
+            "core/waits",
+            "        if task.cancelled() and claims:  # before",
+            "        if False:  # before",
+        ),
+    ),
+    mutation(
         "the end of a scope does not wait for a release",
         ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (

@@ -1186,6 +1186,49 @@ class TestThreadsAtTheMomentOfClosing:
         assert log == ["base", "late"]
 
 
+class TestWhoCancelsAllTasks:
+    """As an event loop's end does: those too that have yet to take their first step."""
+
+    @pytest.mark.parametrize("tasks", range(1, 5))
+    async def test_what_was_set_up_in_a_thread_is_torn_down_all_the_same(
+        self, tasks: int, log: list[str]
+    ) -> None:
+        known: set[asyncio.Task[Any]] = set()
+        loop = asyncio.get_running_loop()
+
+        def cancel_new_ones() -> None:
+            for task in asyncio.all_tasks() - known:
+                known.add(task)
+                if len(cancelled) < tasks:
+                    cancelled.append(task)
+                    task.cancel()
+            if not log:
+                loop.call_soon(cancel_new_ones)
+
+        cancelled: list[asyncio.Task[Any]] = []
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            failure: BaseException | None = None
+            try:
+                yield "tenant"
+            except BaseException as error:
+                failure = error
+            log.append(f"tenant saw {type(failure).__name__}")
+
+        @request_scoped
+        async def first_to_go() -> AsyncIterator[None]:
+            yield
+            known.update(asyncio.all_tasks())
+            loop.call_soon(cancel_new_ones)
+
+        async with request_scope():
+            await sync_to_async(tenant)()
+            await first_to_go()
+        assert log == ["tenant saw NoneType"]
+        assert len(cancelled) == tasks
+
+
 class TestSyncGeneratorsOfALifespan:
     """Promises 10 and 17: one ends in the thread in which it began, one of its own if need be."""
 

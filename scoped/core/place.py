@@ -20,7 +20,7 @@ from scoped.core.current import current
 from scoped.core.deadline import finish_in_time, warn_if_slow
 from scoped.core.errors import teardown_timed_out
 from scoped.core.record import STARTING, Record
-from scoped.core.waits import do_for, hop, outlast
+from scoped.core.waits import begin_hop, do_for, outlast
 
 if TYPE_CHECKING:
     from scoped.core.scope import Scope
@@ -187,7 +187,7 @@ class Thread:
         scope, began = record.scope, perf_counter()
         # In time, as nothing ends a thread that hangs.
         if self.way is None:
-            done: asyncio.Future[None] = asyncio.create_task(hop(finish_there))
+            done: asyncio.Future[None] = begin_hop(finish_there)
         else:
             done = asyncio.wrap_future(self.finish_in_thread(finish_there))
         await _wait_for(record, done, scope.teardown_timeout)

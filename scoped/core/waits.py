@@ -15,6 +15,7 @@ from scoped.core.names import printable_repr
 
 __all__ = [
     "ForkSafeLock",
+    "begin_hop",
     "current_task",
     "do_for",
     "hop",
@@ -107,9 +108,15 @@ async def hop(work: Callable[[], None], *, seconds: float | None = None) -> None
     Raises TimeoutError where that takes longer than ``seconds``, if given. It is run all the
     same, and what it then raises is logged.
     """
-    # In a task, which nobody cancels: asgiref drops what a cancelled one's thread has not got to.
-    task = asyncio.create_task(_hop(work))
-    cancellation: BaseException | None = await outlast(task, seconds=seconds)
+    claims = [work]  # whoever takes it does it: asgiref may be asked twice, and may do both
+    cancellation: BaseException | None = None
+    while True:
+        # In a task, as asgiref drops what a cancelled one's thread has not got to. Who cancels all
+        # tasks, at an event loop's end, may have cancelled this one before its first step.
+        task = asyncio.create_task(_hop(claims))
+        cancellation = await outlast(task, seconds=seconds) or cancellation
+        if not (task.cancelled() and claims):
+            break
     try:
         if not task.done():
             _late.add(task)
@@ -124,7 +131,37 @@ async def hop(work: Callable[[], None], *, seconds: float | None = None) -> None
         del cancellation
 
 
+def begin_hop(work: Callable[[], None]) -> "asyncio.Future[None]":
+    """As ``hop()``, in the background. Returns no task, which somebody might cancel."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[None] = loop.create_future()
+    claims = [work]
+
+    def once() -> None:
+        claims.pop()()
+
+    def begin() -> None:
+        task = loop.create_task(hop(once))
+        _begun.add(task)
+        task.add_done_callback(ended)
+
+    def ended(task: "asyncio.Task[None]") -> None:
+        _begun.discard(task)
+        if task.cancelled() and claims:  # before its first step
+            begin()
+        elif task.cancelled():
+            result.cancel()
+        elif (error := task.exception()) is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(None)
+
+    begin()
+    return result
+
+
 # Event loops hold tasks weakly.
+_begun: set[asyncio.Task[None]] = set()
 _late: set[asyncio.Task[None]] = set()
 
 
@@ -144,8 +181,7 @@ def do_for(done: "Future[None]", work: Callable[[], None]) -> None:
         done.set_result(None)
 
 
-async def _hop(work: Callable[[], None]) -> None:
-    claims = [work]  # whoever takes it does it: asgiref may be asked twice, and may do both
+async def _hop(claims: list[Callable[[], None]]) -> None:
     done: Future[None] = Future()
     while claims:
         try:
