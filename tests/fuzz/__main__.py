@@ -56,7 +56,10 @@ def main() -> None:
         "promise broken.",
         flush=True,
     )
-    sys.exit(broken > 0)
+    # Not to wait for threads: one whose caller was cancelled may ask asgiref for the event loop
+    # when that is about to end, and then waits for ever.
+    sys.stderr.flush()
+    os._exit(broken > 0)
 
 
 if __name__ == "__main__":
