@@ -244,7 +244,7 @@ async def test_dramatiq(recipe, notes, backends, keys):
         await asyncio.to_thread(worker.stop)
         await asyncio.to_thread(tasks.broker.flush_all)
         tasks.broker.close()
-        tasks.broker.client.close()
+        tasks.broker.client.connection_pool.disconnect()  # which close() leaves to its maker
         dramatiq.broker.global_broker = None
     assert [type(error).__name__ for error in ended] == [
         "NoneType",
@@ -276,4 +276,4 @@ async def test_huey(recipe, notes, backends, keys):
     assert await notes() == ["one", "two"]
     await backends.reach(before)
     tasks.huey.flush()
-    tasks.huey.storage.conn.close()
+    tasks.huey.storage.pool.disconnect()  # which conn.close() leaves to its maker
