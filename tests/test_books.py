@@ -734,6 +734,20 @@ class TestLifespan:
         assert log == ["pool 1", "used pool 2", "pool 2"]
 
 
+def about_to_find_its_lifespan(seen: threading.Event, go_on: threading.Event) -> RequestScope:
+    """It ends in the moment in which a thread is about to find its lifespan."""
+
+    class Overtaken(RequestScope):
+        __slots__ = ()
+
+        def need_lifespan(self, resource: Resource[Any]) -> LifespanScope:
+            seen.set()
+            assert go_on.wait(DEADLINE)
+            return super().need_lifespan(resource)
+
+    return Overtaken("the request scope")
+
+
 def closed_beside_a_thread(
     kind: str,
     scope: RequestScope,
@@ -886,22 +900,12 @@ class TestThreadsAtTheMomentOfClosing:
             yield "pool"
             log.append("pool")
 
-        class Overtaken(RequestScope):
-            """Ends in the moment in which a thread is about to find its lifespan."""
-
-            __slots__ = ()
-
-            def need_lifespan(self, resource: Resource[Any]) -> LifespanScope:
-                seen.set()
-                assert go_on.wait(DEADLINE)
-                return super().need_lifespan(resource)
-
         def ask() -> None:
             with pytest.raises(ScopeClosedError):
                 pool()
             log.append("told")
 
-        with Overtaken("the request scope"):
+        with about_to_find_its_lifespan(seen, go_on):
             thread = in_thread(ask, contextvars.copy_context())
             assert seen.wait(DEADLINE)
         with request_scope():
@@ -922,22 +926,12 @@ class TestThreadsAtTheMomentOfClosing:
             yield "pool"
             log.append("pool")
 
-        class Overtaken(RequestScope):
-            """Ends in the moment in which a thread is about to find its lifespan."""
-
-            __slots__ = ()
-
-            def need_lifespan(self, resource: Resource[Any]) -> LifespanScope:
-                seen.set()
-                assert go_on.wait(DEADLINE)
-                return super().need_lifespan(resource)
-
         def ask() -> None:
             with pytest.raises(ScopeClosedError):
                 pool()
             log.append("told")
 
-        async with Overtaken("the request scope"):
+        async with about_to_find_its_lifespan(seen, go_on):
             thread = in_thread(ask, contextvars.copy_context())
             assert seen.wait(DEADLINE)
         go_on.set()
