@@ -1,16 +1,16 @@
 """What ``await db()`` and ``tenant()`` run: one closure for each resource."""
 
 import sys
-from asyncio import get_running_loop
+from asyncio import current_task, get_running_loop
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any, cast
 
 from scoped.core import release as releases
 from scoped.core.current import current, scope_here
-from scoped.core.first_use import get, get_nowait, get_sync
+from scoped.core.first_use import get, get_nowait, get_sync, set_up
 from scoped.core.lookup import scope_for
-from scoped.core.resource import LIFESPAN, Resource
+from scoped.core.resource import LIFESPAN, REQUEST, Resource
 
 __all__ = ["async_access", "sync_access"]
 
@@ -26,13 +26,17 @@ _BY_LOOP = sys.version_info >= (3, 12)
 
 def async_access(resource: Resource[Any]) -> Any:
     get_current = _get_current
+    is_request = resource.lifetime is REQUEST
 
     async def of_request() -> Any:
         scope = get_current()
         try:
             if scope.loop is get_running_loop():
                 return scope.records[resource].value
-        except (KeyError, AttributeError):
+        except KeyError:
+            if is_request and scope.owns_set_ups and scope.owner is current_task():
+                return await set_up(scope, resource)
+        except AttributeError:
             pass
         return await get(scope_for(resource), resource)
 
@@ -41,7 +45,10 @@ def async_access(resource: Resource[Any]) -> Any:
         try:
             if scope.thread == get_ident():
                 return scope.records[resource].value
-        except (KeyError, AttributeError):
+        except KeyError:
+            if is_request and scope.owns_set_ups and scope.owner is current_task():
+                return await set_up(scope, resource)
+        except AttributeError:
             pass
         return await get(scope_for(resource), resource)
 

@@ -97,6 +97,13 @@ class Books:
                 raise error
         return record, is_new
 
+    def begin_alone(self, resource: "Resource[Any]") -> Record:
+        """As ``begin()``, for what is not there, where neither a thread nor a factory asks."""
+        if not self.is_open or (self.has_responded and resource.lifetime is RESPONSE):
+            raise self.closed_error(resource)
+        record = self.records[resource] = Record(resource, self)  # type: ignore[arg-type]
+        return record
+
     def complete(self, record: Record, generator: Any, value: Any) -> bool:
         """
         Its value is there. False where the scope has closed meanwhile: then whoever has set it up

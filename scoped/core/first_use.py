@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from scoped.core.resource import Resource
     from scoped.core.scope import Scope
 
-__all__ = ["get", "get_nowait", "get_sync"]
+__all__ = ["get", "get_nowait", "get_sync", "set_up"]
 
 # Seconds for which somebody waits whose thread the set-up may itself be waiting for: sync code in
 # the event loop's thread for another thread, sync code in a thread for the event loop.
@@ -52,6 +52,10 @@ def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]"
         record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
         return _set_up(record, asker)
     return _get(scope, resource)
+
+
+def set_up(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]":
+    return _set_up(scope.begin_alone(resource), None)
 
 
 async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:

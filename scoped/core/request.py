@@ -77,8 +77,6 @@ class RequestScope(Scope):
 
     async def _end_response(self) -> None:
         problems: list[BaseException] = []
-        if self.is_busy:
-            await self.stop(RESPONSE, problems)
         for rest in end_all(self, RESPONSE, self.failure, problems):
             await rest
         if problems:

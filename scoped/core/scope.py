@@ -74,16 +74,13 @@ class Scope(Books):
         self._state = "new"
         self.is_open = self.has_responded = self.sync_only = False
         self.records = {}
-        self.ending = self.owner = None
+        self.ending = None
         self.version = 0
         # What was current where it was opened, while that is open.
         self.around: Scope | Record | None = None
         self.failure: BaseException | None = None  # what ended it, for factories to see
         self.lifespan: LifespanScope | None = None
         self.request: HttpRequest | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.opened = 0.0  # by perf_counter(), in seconds
-        self.thread = 0  # that of its event loop, or of the sync code that opened it
 
     def __str__(self) -> str:
         return self.name
@@ -191,8 +188,10 @@ class Scope(Books):
         Close it. Returns what is to be awaited then, one after the other: nothing where nothing
         has used it.
         """
-        if not self.begin_to_close():
+        if not self.is_open:
             return ()
+        self.is_open = False
+        self._state = "closing"
         if self.records or self.ending or self.lifespan:
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
@@ -216,8 +215,6 @@ class Scope(Books):
         failure = self.failure
         problems: list[BaseException] = []
         if self.records or self.ending:
-            if self.is_busy:
-                yield self.stop(LIFESPAN, problems)
             yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure  # no cycle of it and this frame

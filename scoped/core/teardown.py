@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from scoped.core import observer
 from scoped.core.current import current
 from scoped.core.errors import TeardownError, note
-from scoped.core.place import Keeper, Thread, begin_finish
+from scoped.core.deadline import finish_in_time
+from scoped.core.place import Keeper, Thread
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.waits import outlast
 
@@ -55,7 +56,9 @@ def begin_end(
                 # So that what its code releases, in child tasks too, is known to be asked by it.
                 outer = current.get()
                 current.set(record)
-            rest = begin_finish(record, scope, record.generator, failure)
+            rest = record.resource.factory.finish(record.generator, failure)
+            if rest is not None:
+                rest = finish_in_time(rest, record.resource, scope)
     except BaseException as error:
         if outer is not None:
             _restore(record, outer)
@@ -120,12 +123,19 @@ def end_all(
     before the rest, and last complete first. Gives what is to be awaited in between.
     """
     # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
+    has_stopped = False
     while scope.records or scope.ending:
-        held = [
-            record
-            for record in list(scope.records.values())
-            if record.state == HELD and record.resource.lifetime <= lifetime
-        ]
+        held: list[Record] = []
+        is_busy = not not scope.ending
+        for record in list(scope.records.values()):
+            if record.state != HELD:
+                is_busy = True
+            elif record.resource.lifetime <= lifetime:
+                held.append(record)
+        if is_busy and not has_stopped:
+            has_stopped = True
+            yield scope.stop(lifetime, problems)
+            continue
         if scope.ending:  # what was held a moment ago, say, and uses what is
             yield scope.stop(lifetime, problems)
         if not held:
