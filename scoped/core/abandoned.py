@@ -12,16 +12,16 @@ from scoped.core.waits import set_done
 if TYPE_CHECKING:
     from scoped.core.scope import Scope
 
-__all__ = ["dismiss", "watch_over"]
+__all__ = ["dismiss", "guards", "watch_over"]
 
 # What a guard waits for, by the scope that it closes at the event loop's end.
-_guards: "dict[Scope, asyncio.Future[None]]" = {}
+guards: "dict[Scope, asyncio.Future[None]]" = {}
 _closing: "set[asyncio.Task[None]]" = set()
 
 
 def watch_over(scope: "Scope") -> None:
     """To be called where a keeper begins to wait: from then on the event loop's end matters."""
-    if scope in _guards or not scope.is_open:
+    if scope in guards or not scope.is_open:
         return
     if (owner := scope.owner) is None or owner.done():
         _post(scope)
@@ -30,14 +30,14 @@ def watch_over(scope: "Scope") -> None:
 
 
 def dismiss(scope: "Scope") -> None:
-    if _guards and (over := _guards.pop(scope, None)) is not None:
+    if (over := guards.pop(scope, None)) is not None:
         loop = over.get_loop()
         if not loop.is_closed():
             loop.call_soon_threadsafe(set_done, over)
 
 
 def _post(scope: "Scope") -> None:
-    over = _guards[scope] = asyncio.get_running_loop().create_future()
+    over = guards[scope] = asyncio.get_running_loop().create_future()
     # Nobody knows of this task: so whoever cancels it cancels all, for the event loop ends.
     task = Context().run(asyncio.create_task, _guard(scope, over))
     task.add_done_callback(lambda task: _ended(scope, task), context=Context())

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from scoped.core import noted, observer
-from scoped.core.abandoned import dismiss
+from scoped.core.abandoned import dismiss, guards
 from scoped.core.books import Books
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, TeardownError
@@ -253,7 +253,8 @@ class Scope(Books):
         if (told := observer.observer) is not None:
             told.scope_closed(self, perf_counter() - self.opened, failure)
         self.failure = self.owner = self.request = None
-        dismiss(self)
+        if guards:
+            dismiss(self)
         if self.served:
             # Nobody leaves it for the one around it: its Context ends with the request. Kept, a
             # server that begins each request in the Context of the last would make a chain of all.

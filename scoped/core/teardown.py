@@ -15,6 +15,7 @@ from scoped.core.errors import TeardownError, note
 from scoped.core.deadline import finish_in_time
 from scoped.core.place import Keeper, Thread
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
+from scoped.core.resource import LIFESPAN
 from scoped.core.waits import outlast
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def begin_end(
     Begin to tear down a record that has been taken. Returns what is to be awaited for the rest,
     if that was not all. What it raises is added to the problems, a cancellation too.
     """
-    if record.generator is None:
+    if (generator := record.generator) is None:
         record.gone()
         return None
     scope = record.scope
@@ -56,7 +57,7 @@ def begin_end(
                 # So that what its code releases, in child tasks too, is known to be asked by it.
                 outer = current.get()
                 current.set(record)
-            rest = record.resource.factory.finish(record.generator, failure)
+            rest = record.resource.factory.finish(generator, failure)
             if rest is not None:
                 rest = finish_in_time(rest, record.resource, scope)
     except BaseException as error:
@@ -126,13 +127,13 @@ def end_all(
     has_stopped = False
     while scope.records or scope.ending:
         held: list[Record] = []
-        is_busy = not not scope.ending
+        is_busy = False
         for record in list(scope.records.values()):
             if record.state != HELD:
                 is_busy = True
-            elif record.resource.lifetime <= lifetime:
+            elif lifetime is LIFESPAN or record.resource.lifetime <= lifetime:
                 held.append(record)
-        if is_busy and not has_stopped:
+        if not has_stopped and (is_busy or scope.ending):
             has_stopped = True
             yield scope.stop(lifetime, problems)
             continue
