@@ -293,9 +293,9 @@ MUTATIONS = [
     mutation(
         "what lives until the response goes among what lives longer",
         (
-            "core/teardown",
-            "return -record.resource.lifetime, record.number",
-            "return 0, record.number",
+            "core/books",
+            "record.number += RESPONSE_FIRST",
+            "pass",
         ),
     ),
     mutation(
@@ -479,8 +479,15 @@ MUTATIONS = [
         "a closed scope sets up all the same",
         (
             "core/books",
-            "if not self.takes(resource) and (record is None or record.state != HELD):",
-            "if False:",
+            "not self.takes(resource) and (record is None or record.state != HELD)",
+            "False",
+        ),
+        (
+            "core/books",
+            """if not self.is_open or (self.has_responded and resource.lifetime is RESPONSE):
+            raise""",
+            """if False:
+            raise""",
         ),
     ),
     # First use
@@ -949,8 +956,8 @@ MUTATIONS = [
         "what a thread takes after the look is not waited for",
         (
             "core/teardown",
-            "        if scope.ending:  # what was held a moment ago",
-            "        if False:  #",
+            "if is_busy or scope.ending:",
+            "if is_busy:",
         ),
     ),
     mutation(

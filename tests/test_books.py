@@ -1062,9 +1062,24 @@ class TestThreadsAtTheMomentOfClosing:
     @pytest.mark.parametrize("kind", ["async", "sync"])
     @pytest.mark.parametrize("declare", [request_scoped, lifespan_scoped])
     def test_what_a_thread_takes_after_the_look_goes_before_what_it_uses(
-        self, declare: Any, kind: str, log: list[str]
+        self, declare: Any, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         used, come, going, go_on = (threading.Event() for _ in range(4))
+        here = threading.get_ident()
+
+        class Looked(Record):
+            """The other thread goes on when the end has looked what there is."""
+
+            __slots__ = ()
+
+            def __getattribute__(self, name: str) -> Any:
+                if name == "number" and threading.get_ident() == here and not come.is_set():
+                    come.set()
+                    assert going.wait(DEADLINE)
+                    threading.Timer(0.05, go_on.set).start()
+                return super().__getattribute__(name)
+
+        monkeypatch.setattr(books, "Record", Looked)
 
         @declare
         def base() -> Iterator[str]:
@@ -1083,7 +1098,7 @@ class TestThreadsAtTheMomentOfClosing:
             user.release()
 
         class Overtaken(RequestScope):
-            """The thread goes on when this one has looked whether anybody is at work."""
+            """The thread waits for that."""
 
             __slots__ = ()
 
@@ -1091,14 +1106,6 @@ class TestThreadsAtTheMomentOfClosing:
                 used.set()
                 assert come.wait(DEADLINE)
                 return super().take_and_tell(record, released_by)
-
-            @property
-            def is_busy(self) -> bool:
-                found = super().is_busy
-                come.set()
-                assert going.wait(DEADLINE)
-                threading.Timer(0.05, go_on.set).start()
-                return found
 
         thread = closed_beside_a_thread(kind, Overtaken("the request scope"), base, use, used)
         thread.join(DEADLINE)

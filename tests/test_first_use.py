@@ -119,6 +119,42 @@ class TestLazy:
             assert other_tasks() == set()
 
 
+    @pytest.mark.parametrize("who", ["owner", "child", "factory"])
+    async def test_its_factory_finds_no_exception_at_hand(self, who: str) -> None:
+        """What is raised while another is handled reads as if that were its cause."""
+        at_hand: list[BaseException | None] = []
+
+        @request_scoped
+        async def broken() -> None:
+            at_hand.append(sys.exc_info()[1])
+            raise LookupError("no such table")
+
+        @request_scoped
+        async def user() -> None:
+            await broken()
+
+        async with request_scope():
+            with pytest.raises(LookupError) as raised:
+                if who == "child":
+                    await asyncio.create_task(broken())
+                else:
+                    await (broken if who == "owner" else user)()
+        assert at_hand == [None]
+        assert raised.value.__context__ is None
+
+    def test_a_sync_factory_finds_none_either(self) -> None:
+        at_hand: list[BaseException | None] = []
+
+        @request_scoped
+        def tenant() -> str:
+            at_hand.append(sys.exc_info()[1])
+            return "tenant"
+
+        with request_scope():
+            tenant()
+        assert at_hand == [None]
+
+
 class TestOne:
     """Promise 2, traps 10 and 12."""
 

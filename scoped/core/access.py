@@ -20,8 +20,9 @@ _get_current = cast("Callable[[], Any]", current.get)
 # before Python 3.12.
 _BY_LOOP = sys.version_info >= (3, 12)
 
-# Each has a short way, for a value that is there, which pays for nothing else. What is not there
-# goes the long way, and so does what a factory asks for: scope_for() notes who asks.
+# Each has a short way, for a value that is there, which pays for nothing else. One more is for what
+# a request's owner is the first to ask for, though not in a factory. All else goes the long way:
+# scope_for() notes who asks. A factory runs outside the `except`, or it would find a KeyError there.
 
 
 def async_access(resource: Resource[Any]) -> Any:
@@ -33,11 +34,13 @@ def async_access(resource: Resource[Any]) -> Any:
         try:
             if scope.loop is get_running_loop():
                 return scope.records[resource].value
+            is_first = False
         except KeyError:
-            if is_request and scope.owns_set_ups and scope.owner is current_task():
-                return await set_up(scope, resource)
+            is_first = is_request and scope.owns_set_ups and scope.owner is current_task()
         except AttributeError:
-            pass
+            is_first = False
+        if is_first:
+            return await set_up(scope.begin_alone(resource), None)
         return await get(scope_for(resource), resource)
 
     async def of_request_by_thread() -> Any:
@@ -45,11 +48,13 @@ def async_access(resource: Resource[Any]) -> Any:
         try:
             if scope.thread == get_ident():
                 return scope.records[resource].value
+            is_first = False
         except KeyError:
-            if is_request and scope.owns_set_ups and scope.owner is current_task():
-                return await set_up(scope, resource)
+            is_first = is_request and scope.owns_set_ups and scope.owner is current_task()
         except AttributeError:
-            pass
+            is_first = False
+        if is_first:
+            return await set_up(scope.begin_alone(resource), None)
         return await get(scope_for(resource), resource)
 
     async def of_lifespan() -> Any:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from scoped.core.current import current
 from scoped.core.errors import LifetimeError, ScopeClosedError
 from scoped.core.place import Thread
-from scoped.core.record import ENDING, GONE, HELD, Outcome, Record, next_number
+from scoped.core.record import ENDING, GONE, HELD, RESPONSE_FIRST, Outcome, Record, next_number
 from scoped.core.resource import RESPONSE
 from scoped.core.waits import ForkSafeLock, current_task
 
@@ -73,7 +73,9 @@ class Books:
         would end before what asks for it.
         """
         record = self.records.get(resource)
-        if not self.takes(resource) and (record is None or record.state != HELD):
+        if (not self.is_open or self.has_responded) and (
+            not self.takes(resource) and (record is None or record.state != HELD)
+        ):
             raise self.closed_error(resource)
         if asker is not None and asker.resource.lifetime > resource.lifetime:
             raise LifetimeError(
@@ -98,7 +100,10 @@ class Books:
         return record, is_new
 
     def begin_alone(self, resource: "Resource[Any]") -> Record:
-        """As ``begin()``, for what is not there, where neither a thread nor a factory asks."""
+        """
+        As ``begin()``, for an async resource that has no record, which the owner asks for and no
+        factory: so nobody else can come.
+        """
         if not self.is_open or (self.has_responded and resource.lifetime is RESPONSE):
             raise self.closed_error(resource)
         record = self.records[resource] = Record(resource, self)  # type: ignore[arg-type]
@@ -111,6 +116,8 @@ class Books:
         """
         record.generator = generator
         record.number = next_number()
+        if record.resource.lifetime is RESPONSE:
+            record.number += RESPONSE_FIRST
         record.value = value
         record.state = HELD
         if self.ending is not None:
@@ -142,8 +149,7 @@ class Books:
         except AttributeError:
             return False
         record.state = ENDING
-        if self.records.get(record.resource) is record:  # pragma: no branch (a fork empties them)
-            del self.records[record.resource]
+        self.records.pop(record.resource, None)  # a fork empties them
         return True
 
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -204,13 +210,3 @@ class Books:
             "the view or in middleware, not in a streaming body; or declare it without "
             'until="response".',
         )
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether anything is being set up or torn down, which the end has to wait for."""
-        if self.ending:
-            return True
-        for record in list(self.records.values()):  # noqa: SIM110 (any() is slower)
-            if record.state != HELD:
-                return True
-        return False

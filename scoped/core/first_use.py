@@ -50,12 +50,8 @@ def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]"
     ):  # the most frequent case by far, which waits for nobody
         asker = asker_here()
         record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
-        return _set_up(record, asker)
+        return set_up(record, asker)
     return _get(scope, resource)
-
-
-def set_up(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]":
-    return _set_up(scope.begin_alone(resource), None)
 
 
 async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
@@ -69,7 +65,7 @@ async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
             except AttributeError:
                 pass
         if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():
-            return await _set_up(record, asker)
+            return await set_up(record, asker)
         outcome = await _wait(record, asker, is_new)
         if outcome is not None and _is_for(outcome, record, is_new):
             try:
@@ -104,7 +100,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
         if is_new:
             record.place = keeper = Keeper(record)
             asked_by = None if asker is None else asker.resource
-            keeper.start(lambda new: _set_up(new, None, asked_by), record.scope.context())
+            keeper.start(lambda new: set_up(new, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
             return None  # pragma: no cover (it has gone since begin(): a thread's doing)
         elif getattr(AsyncToSync.executors, "current", None) is not None:
@@ -146,7 +142,7 @@ def _is_of_another_task(asker: Record) -> bool:
     return task is not keeper and contexts[0] is not None and contexts[0] is contexts[1]
 
 
-async def _set_up(
+async def set_up(
     record: Record, asker: Record | None, asked_by: "Resource[Any] | None" = None
 ) -> Any:
     """
@@ -217,7 +213,7 @@ def _tell(
 ) -> None:
     if (told := observer.observer) is not None:
         seconds = perf_counter() - began
-        told.resource_set_up(record.resource, record.scope, seconds, error, asked_by)
+        told.resourceset_up(record.resource, record.scope, seconds, error, asked_by)
 
 
 # In sync code

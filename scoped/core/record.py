@@ -32,6 +32,7 @@ __all__ = [
     "STARTING",
     "Latch",
     "LoopLatch",
+    "RESPONSE_FIRST",
     "Outcome",
     "Record",
     "next_number",
@@ -41,6 +42,9 @@ STARTING, HELD, ENDING, GONE = range(4)
 
 # The order of completion in this process, which threads may ask for at the same time.
 next_number = count(1).__next__
+
+# Added where a resource lives until the response: it is torn down before all others.
+RESPONSE_FIRST = 1 << 62
 
 # Held while a record's notes are made, which several threads of one factory may want to make.
 _lock = ForkSafeLock()

@@ -214,8 +214,7 @@ class Scope(Books):
             self.failure = failure
         failure = self.failure
         problems: list[BaseException] = []
-        if self.records or self.ending:
-            yield from end_all(self, LIFESPAN, failure, problems)
+        yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure  # no cycle of it and this frame
         if self.lifespan is not None:

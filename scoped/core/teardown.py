@@ -5,6 +5,7 @@ cancelled on the way. Problems are collected, and raised once.
 
 import asyncio
 from collections.abc import Awaitable, Coroutine, Iterator
+from operator import attrgetter
 from threading import get_ident
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -68,7 +69,10 @@ def begin_end(
     if rest is None:
         if outer is not None:
             _restore(record, outer)
-        _ended(record, began, None, problems)
+        if began or scope.ending is not None:
+            _ended(record, began, None, problems)
+        else:
+            record.gone()
         return None
     return _end(record, rest, began, problems, outer)
 
@@ -124,25 +128,23 @@ def end_all(
     before the rest, and last complete first. Gives what is to be awaited in between.
     """
     # Anew, as what a thread completes meanwhile may be there, before it finds the scope closed.
-    has_stopped = False
+    has_waited = False
     while scope.records or scope.ending:
-        held: list[Record] = []
-        is_busy = False
-        for record in list(scope.records.values()):
-            if record.state != HELD:
-                is_busy = True
-            elif lifetime is LIFESPAN or record.resource.lifetime <= lifetime:
-                held.append(record)
-        if not has_stopped and (is_busy or scope.ending):
-            has_stopped = True
+        try:
+            held, is_busy = sorted(scope.records.values(), key=_number), False
+        except AttributeError:  # what is being set up has no number yet
+            held = [record for record in list(scope.records.values()) if record.state == HELD]
+            held.sort(key=_number)
+            is_busy = not has_waited
+        if lifetime is not LIFESPAN:
+            held = [record for record in held if record.resource.lifetime <= lifetime]
+        if is_busy or scope.ending:
             yield scope.stop(lifetime, problems)
-            continue
-        if scope.ending:  # what was held a moment ago, say, and uses what is
-            yield scope.stop(lifetime, problems)
+            if not has_waited:
+                has_waited = True
+                continue
         if not held:
             break
-        if len(held) > 1:
-            held.sort(key=_order)
         while held:
             record = held.pop()
             if scope.take(record):
@@ -151,10 +153,10 @@ def end_all(
                     yield rest
             else:  # another thread has it: what it uses goes after it
                 yield scope.stop(lifetime, problems)
+                break
 
 
-def _order(record: Record) -> tuple[int, int]:
-    return -record.resource.lifetime, record.number
+_number = attrgetter("number")
 
 
 # Who is at work meanwhile
