@@ -33,7 +33,7 @@ from django.dispatch import Signal
 from scoped.core import observer
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
-from scoped.core.waits import ForkSafeLock
+from scoped.core.waits import fork_safe_lock
 
 __all__ = ["resource_set_up", "resource_torn_down", "scope_closed", "scope_opened"]
 
@@ -111,7 +111,7 @@ def _send(signal: _Event, scope: Scope, **named: Any) -> None:
 
 
 # Held from the look until what it says is noted: whoever connects meanwhile would else be missed.
-_lock = ForkSafeLock()
+_lock = fork_safe_lock()
 
 
 def _update() -> None:

@@ -118,7 +118,6 @@ class TestLazy:
             await settle()
             assert other_tasks() == set()
 
-
     @pytest.mark.parametrize("who", ["owner", "child", "factory"])
     async def test_its_factory_finds_no_exception_at_hand(self, who: str) -> None:
         """What is raised while another is handled reads as if that were its cause."""

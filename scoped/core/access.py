@@ -22,7 +22,7 @@ _BY_LOOP = sys.version_info >= (3, 12)
 
 # Each has a short way, for a value that is there, which pays for nothing else. One more is for what
 # a request's owner is the first to ask for, though not in a factory. All else goes the long way:
-# scope_for() notes who asks. A factory runs outside the `except`, or it would find a KeyError there.
+# scope_for() notes who asks. A factory runs outside the `except`: it would find a KeyError there.
 
 
 def async_access(resource: Resource[Any]) -> Any:

@@ -26,7 +26,7 @@ from scoped.core.errors import LifetimeError, ScopeClosedError
 from scoped.core.place import Thread
 from scoped.core.record import ENDING, GONE, HELD, RESPONSE_FIRST, Outcome, Record, next_number
 from scoped.core.resource import RESPONSE
-from scoped.core.waits import ForkSafeLock, current_task
+from scoped.core.waits import current_task, fork_safe_lock
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["Books"]
 
 # Held while a table is made that more than one thread may want to make.
-_lock = ForkSafeLock()
+_lock = fork_safe_lock()
 
 # Held while a record is taken, where Python has no global lock.
-_taking = ForkSafeLock()
+_taking = fork_safe_lock()
 
 
 class Books:

@@ -47,7 +47,7 @@ def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]"
         resource not in scope.records
         and scope.owns_set_ups
         and scope.owner is asyncio.current_task()
-    ):  # the most frequent case by far, which waits for nobody
+    ):  # so it waits for nobody
         asker = asker_here()
         record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
         return set_up(record, asker)
@@ -213,7 +213,7 @@ def _tell(
 ) -> None:
     if (told := observer.observer) is not None:
         seconds = perf_counter() - began
-        told.resourceset_up(record.resource, record.scope, seconds, error, asked_by)
+        told.resource_set_up(record.resource, record.scope, seconds, error, asked_by)
 
 
 # In sync code

@@ -9,7 +9,7 @@ from typing import cast
 from scoped.core import noted
 from scoped.core.record import HELD, STARTING
 from scoped.core.scope import Scope
-from scoped.core.waits import ForkSafeLock
+from scoped.core.waits import fork_safe_lock
 
 __all__ = ["OpenScope", "inspect", "open_scopes", "picture"]
 
@@ -40,7 +40,7 @@ def inspect() -> list[OpenScope]:
     return [picture(scope, now) for scope in scopes]
 
 
-_lock = ForkSafeLock()
+_lock = fork_safe_lock()
 _all_are_noted = False
 
 

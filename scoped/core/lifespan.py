@@ -18,8 +18,8 @@ from scoped.core.resource import LIFESPAN
 from scoped.core.scope import Scope
 from scoped.core.unserved import Stay
 from scoped.core.waits import (
-    ForkSafeLock,
     current_task,
+    fork_safe_lock,
     outlast,
     run_without_loop,
     running_loop,
@@ -34,7 +34,7 @@ logger = logging.getLogger("scoped")
 lifespans: dict[asyncio.AbstractEventLoop | None, "LifespanScope"] = {}
 
 # Held while it is decided whether a lifespan is still in use.
-_lock = ForkSafeLock()
+_lock = fork_safe_lock()
 
 # What the decorators made of those that are set up as soon as a lifespan opens.
 eager: list[Any] = []

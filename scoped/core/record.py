@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from scoped.core.errors import CircularResourceError, set_traceback
-from scoped.core.waits import ForkSafeLock
+from scoped.core.waits import fork_safe_lock
 
 if TYPE_CHECKING:
     from scoped.core.place import Keeper, Thread
@@ -29,10 +29,10 @@ __all__ = [
     "ENDING",
     "GONE",
     "HELD",
+    "RESPONSE_FIRST",
     "STARTING",
     "Latch",
     "LoopLatch",
-    "RESPONSE_FIRST",
     "Outcome",
     "Record",
     "next_number",
@@ -47,7 +47,7 @@ next_number = count(1).__next__
 RESPONSE_FIRST = 1 << 62
 
 # Held while a record's notes are made, which several threads of one factory may want to make.
-_lock = ForkSafeLock()
+_lock = fork_safe_lock()
 
 
 class Record:

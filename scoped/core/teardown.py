@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scoped.core import observer
 from scoped.core.current import current
-from scoped.core.errors import TeardownError, note
 from scoped.core.deadline import finish_in_time
+from scoped.core.errors import TeardownError, note
 from scoped.core.place import Keeper, Thread
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.resource import LIFESPAN

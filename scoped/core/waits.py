@@ -14,10 +14,10 @@ from asgiref.sync import AsyncToSync, sync_to_async
 from scoped.core.names import printable_repr
 
 __all__ = [
-    "ForkSafeLock",
     "begin_hop",
     "current_task",
     "do_for",
+    "fork_safe_lock",
     "hop",
     "outlast",
     "run_without_loop",
@@ -29,25 +29,16 @@ __all__ = [
 logger = logging.getLogger("scoped")
 
 
-class ForkSafeLock:
+def fork_safe_lock() -> RLock:
     """
     Between threads. In a forked process it is free, though a thread of the parent, which
     is not there, may have held it. May be taken again by the thread that holds it: a
     finalizer (PEP 442) or a signal's handler may run there at any time.
     """
-
-    def __init__(self) -> None:
-        self._renew()
-        os.register_at_fork(after_in_child=self._renew)
-
-    def _renew(self) -> None:
-        self._lock = RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._lock.release()
+    lock = RLock()
+    # As Python's own modules do it: another lock in its place would have to be looked up each time.
+    os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
+    return lock
 
 
 # None where no loop runs. What asyncio exports for loops; `get_running_loop()` raises, which costs
