@@ -961,6 +961,14 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "the end does not look anew at what a thread completes as it comes",
+        (
+            "core/teardown",
+            "                yield scope.stop(lifetime, problems)\n                break\n",
+            "                yield scope.stop(lifetime, problems)\n",
+        ),
+    ),
+    mutation(
         "a teardown does not find what is there yet",
         (
             "core/lookup",
@@ -1023,7 +1031,7 @@ MUTATIONS = [
     ),
     mutation(
         "locks are held in a forked process too",
-        ("core/waits", "        os.register_at_fork(after_in_child=self._renew)\n", ""),
+        ("core/waits", "os.register_at_fork(after_in_child=lock._at_fork_reinit)", "pass"),
     ),
     mutation(
         "a release looks once only",

@@ -1157,6 +1157,57 @@ class TestThreadsAtTheMomentOfClosing:
         assert log == ["user", "base"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
+    def test_what_a_thread_completes_as_the_end_comes_to_it_goes_before_what_it_uses(
+        self, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go_on, complete, over = (threading.Event() for _ in range(4))
+        here = threading.get_ident()
+
+        class Interrupted(Record):
+            """The other thread loses its turn when the record has its number, and no value."""
+
+            __slots__ = ()
+
+            def __setattr__(self, name: str, value: object) -> None:
+                if name == "value" and threading.get_ident() != here:
+                    begun.set()
+                    assert go_on.wait(DEADLINE)
+                super().__setattr__(name, value)
+
+        monkeypatch.setattr(books, "Record", Interrupted)
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append("base")
+            over.set()
+
+        @request_scoped
+        def user() -> Iterator[str]:
+            yield base()
+            log.append("user")
+            over.set()
+
+        class Closing(RequestScope):
+            """The end has come for the record when the thread completes it."""
+
+            __slots__ = ()
+
+            async def stop(self, lifetime: Any, problems: list[BaseException]) -> None:
+                go_on.set()
+                assert complete.wait(DEADLINE)
+                await super().stop(lifetime, problems)
+
+            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+                complete.set()
+                assert over.wait(DEADLINE)
+                return super().take_and_tell(record, released_by)
+
+        thread = closed_beside_a_thread(kind, Closing("the request scope"), base, user, begun)
+        thread.join(DEADLINE)
+        assert log == ["user", "base"]
+
+    @pytest.mark.parametrize("kind", ["async", "sync"])
     def test_but_no_longer_than_a_teardown_may_take(
         self, kind: str, log: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

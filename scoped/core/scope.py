@@ -191,27 +191,17 @@ class Scope(Books):
     def begin_close(self, failure: BaseException | None = None) -> Iterable[Awaitable[None]]:
         """
         Close it. Returns what is to be awaited then, one after the other: nothing where nothing
-        has used it.
+        has used it, or somebody else closes it.
         """
         if not self.is_open:
             return ()
+        # From now on nothing new is kept; so what is found after this, and not before it, is all.
         self.is_open = False
         self._state = "closing"
         if self.records or self.ending or self.lifespan:
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
         return ()
-
-    def begin_to_close(self) -> bool:
-        """
-        Whether it is for the caller to close it. From now on nothing new is kept; so what is
-        found after this, and not before it, is all.
-        """
-        if not self.is_open:
-            return False
-        self.is_open = False
-        self._state = "closing"
-        return True
 
     def _close(self, failure: BaseException | None) -> Iterator[Awaitable[None]]:
         """What is to be awaited, one after the other, none of which raises; raises at its end."""

@@ -64,15 +64,15 @@ def begin_end(
     except BaseException as error:
         if outer is not None:
             _restore(record, outer)
-        _ended(record, began, error, problems)
+        record.gone()
+        _tell(record, began, error, problems)
         return None
     if rest is None:
         if outer is not None:
             _restore(record, outer)
+        record.gone()
         if began or scope.ending is not None:
-            _ended(record, began, None, problems)
-        else:
-            record.gone()
+            _tell(record, began, None, problems)
         return None
     return _end(record, rest, began, problems, outer)
 
@@ -98,15 +98,16 @@ async def _end(
         finally:
             if outer is not None:
                 _restore(record, outer)
-        _ended(record, began, raised, problems)
+        record.gone()
+        _tell(record, began, raised, problems)
         del raised
 
 
-def _ended(
+def _tell(
     record: Record, began: float, error: BaseException | None, problems: list[BaseException]
 ) -> None:
+    """After it has gone."""
     resource, scope = record.resource, record.scope
-    record.gone()
     if scope.ending is not None:  # another thread may have come to release it meanwhile
         scope.told_of_end(record)
     if error is not None:
