@@ -813,9 +813,11 @@ class TestThreadsAtTheMomentOfClosing:
         taken: list[bool] = []
 
         class Contended(RequestScope):
-            """Two come to take it in the same moment."""
+            """Two come to take it in the same moment: the end waits no longer for the other."""
 
             __slots__ = ()
+
+            teardown_timeout = 0.01
 
             def take(self, record: Record) -> bool:
                 with suppress(threading.BrokenBarrierError):
