@@ -5,7 +5,7 @@ ends.
 """
 
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
 import django
 from django.core.exceptions import RequestAborted
@@ -20,7 +20,7 @@ from scoped.discovery import import_urls
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Exchange, Receive, Send
 from scoped.serving.handler import ScopedHandler
-from scoped.serving.receivers import Listeners, connect_handler
+from scoped.serving.receivers import connect_handler
 from scoped.serving.supervisor import supervise
 from scoped.serving.threads import LentThread, idle_ended
 
@@ -45,16 +45,13 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
     is finishing; then the supervisor waits for it, whatever comes.
     """
 
-    # Not of an instance: Django's handler of static files does not call __init__().
-    listeners: ClassVar[Listeners]
-
     def __init__(self) -> None:
         conf.configure()
         super().__init__()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.listeners = connect_handler(cls)
+        connect_handler(cls)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,7 +79,7 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
         return self.listeners.of(signal)
 
 
-ScopedASGIHandler.listeners = connect_handler(ScopedASGIHandler)
+connect_handler(ScopedASGIHandler)
 
 
 async def _serve_lifespan(receive: Receive, send: Send) -> None:

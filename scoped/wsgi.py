@@ -10,7 +10,7 @@ import django
 from django.core.handlers.wsgi import WSGIHandler
 
 from scoped import conf
-from scoped.core.current import scope_here
+from scoped.core.current import current
 from scoped.serving.handler import ScopedHandler
 from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 
@@ -39,12 +39,12 @@ class ScopedWSGIHandler(ScopedHandler, WSGIHandler):
         tells_of_response.add(cls)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        around = scope_here()
+        around = current.get()
         try:
             return super().__call__(environ, start_response)
         except BaseException as error:
             # Not even a 500: Django leaves the request unfinished then.
-            if scope_here() is not around:
+            if current.get() is not around:
                 note_failure(error)
                 close_foreign(sender=type(self))
             raise

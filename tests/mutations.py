@@ -1116,7 +1116,43 @@ MUTATIONS = [
     ),
     mutation(
         "what leaves Django's WSGI handler closes the scope around it",
-        ("wsgi", "if scope_here() is not around:", "if True:"),
+        ("wsgi", "if current.get() is not around:", "if True:"),
+    ),
+    mutation(
+        "what WSGI has answered waits for the garbage collector",
+        ("serving/ending", '    response.__dict__.pop("close", None)  #', "    pass  #"),
+    ),
+    mutation(
+        "who patches a response's close() is gone round",
+        (
+            "serving/ending",
+            "    if response.__class__.close is _djangos_close and (",
+            "    if (",
+        ),
+    ),
+    mutation(
+        "a response that is served twice at once tells of its first handler",
+        ("serving/ending", " or how is close_plainly)", ")"),
+    ),
+    mutation(
+        "under WSGI a response's end reaches no async receiver",
+        (
+            "serving/receivers",
+            "            signal.send(self.sender)\n            return\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "no cache is closed",
+        ("serving/receivers", " or caches_have_to_be_closed():", ":"),
+    ),
+    mutation(
+        "caches are looked through once and for all",
+        (
+            "serving/caches",
+            "if _Seen.settings is not (settings := caches.settings):",
+            "if (settings := caches.settings) and _Seen.settings is None:",
+        ),
     ),
     mutation(
         "a forked process uses what its parent has set up",

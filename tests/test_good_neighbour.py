@@ -22,6 +22,7 @@ from django.core.handlers.wsgi import WSGIHandler
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http import Http404, HttpResponse
+from django.http.response import HttpResponseBase
 from django.test import AsyncClient as DjangosAsyncClient
 from django.test import Client as DjangosClient
 from django.test import override_settings
@@ -83,6 +84,7 @@ async def get(where, handler=None):
         (ASGIHandler, "send_response"),
         (BaseHandler, "get_response_async"),
         (BaseHandler, "_get_response_async"),
+        (HttpResponseBase, "close"),
     ],
 )
 async def test_what_is_patched_after_we_were_imported_is_called_once_for_each_request(
@@ -109,7 +111,12 @@ async def test_what_is_patched_after_we_were_imported_is_called_once_for_each_re
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(WSGIHandler, "__call__"), (BaseHandler, "get_response"), (BaseHandler, "_get_response")],
+    [
+        (WSGIHandler, "__call__"),
+        (BaseHandler, "get_response"),
+        (BaseHandler, "_get_response"),
+        (HttpResponseBase, "close"),
+    ],
 )
 def test_under_wsgi_too(cls, name, monkeypatch):
     patched = getattr(cls, name)

@@ -4,6 +4,7 @@ event loop, failures seen at the ``yield``, the response known to be sent.
 """
 
 import asyncio
+import gc
 import os
 import socket
 import subprocess
@@ -12,13 +13,18 @@ import tempfile
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from urllib.error import HTTPError
+from weakref import ref
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import psycopg
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.cache import caches
+from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import got_request_exception, request_finished, request_started
@@ -597,6 +603,133 @@ def test_receivers_of_request_finished_find_the_scope_closed(connected):
     connected(request_finished, ask)
     get("/uses")
     assert log[2:] == ["boundary torn down", "tenant torn down", "asked"]
+
+
+# The end of a response: what Django's own close() does
+
+
+@pytest.mark.parametrize("way", [WSGIHandler, ScopedWSGIHandler])
+@pytest.mark.parametrize("fails", [False, True])
+def test_receivers_of_request_finished_are_called_as_djangos_own_close_calls_them(
+    way, fails, connected
+):
+    """In their order, and none after the one that raises."""
+
+    def first(**kwargs):
+        del kwargs["signal"]
+        log.append(("first", kwargs))
+        if fails:
+            raise ValueError("of a receiver")
+
+    async def asynchronous(**kwargs):
+        del kwargs["signal"]
+        log.append(("async", kwargs))
+
+    def last(**kwargs):
+        log.append("last")
+
+    @view
+    def plain(request):
+        response = HttpResponse("plain")
+        response._resource_closers.append(lambda: log.append("closed"))
+        return response
+
+    def serve():
+        with pytest.raises(ValueError, match="of a receiver") if fails else nullcontext():
+            call(way(), "/plain")
+
+    told = {"sender": way}
+    connected(request_finished, first)
+    connected(request_finished, last)
+    for _ in range(2):
+        serve()
+        assert log == ["closed", ("first", told), *([] if fails else ["last"])]
+        log.clear()
+    connected(request_finished, asynchronous)
+    serve()
+    assert log == ["closed", ("first", told), *([] if fails else ["last", ("async", told)])]
+
+
+class Closing(BaseCache):
+    """A cache that is connected to something."""
+
+    def __init__(self, *args):
+        super().__init__({})
+
+    def close(self):
+        log.append("cache closed")
+
+
+def test_caches_are_closed_after_each_request_where_that_does_anything():
+    @view
+    def uses_the_cache(request):
+        return HttpResponse(caches["default"].default_timeout)
+
+    application = ScopedWSGIHandler()
+    for backend, closed in [
+        (f"{__name__}.Closing", ["cache closed", "cache closed"]),
+        ("django.core.cache.backends.locmem.LocMemCache", []),
+        (f"{__name__}.Closing", ["cache closed", "cache closed"]),
+    ]:
+        with override_settings(CACHES={"default": {"BACKEND": backend}}):
+            for _ in range(2):
+                assert call(application, "/uses_the_cache") == ("200 OK", b"300")
+            assert log == closed
+        log.clear()  # of what the end of the settings closes, too
+
+
+@pytest.mark.parametrize("kind", [HttpResponse, StreamingHttpResponse])
+def test_a_response_that_is_closed_waits_for_no_garbage_collector(kind):
+    served = []
+
+    @view
+    def plain(request):
+        response = kind([b"plain"])
+        served.append(ref(response))
+        return response
+
+    gc.disable()
+    try:
+        assert get("/plain") == (200, b"plain")
+        assert served[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_response_that_is_closed_again_is_so_as_under_django(connected):
+    def finished(**kwargs):
+        log.append("finished")
+
+    connected(request_finished, finished)
+    body = ScopedWSGIHandler()(environ("/uses"), lambda status, headers: None)
+    body.close()
+    assert log[2:] == ["boundary torn down", "tenant torn down", "finished"]
+    body.close()
+    assert log[5:] == ["finished"]
+
+
+class Other(ScopedWSGIHandler):
+    pass
+
+
+@pytest.mark.parametrize("first", [ScopedWSGIHandler, Other])
+def test_a_response_that_is_served_while_it_is_served_ends_each_request(first):
+    """As one that a module holds, in two threads."""
+    kept = HttpResponse("kept")
+
+    @view
+    def keeps(request):
+        tenant()
+        return kept
+
+    context = copy_context()
+    body = context.run(first(), environ("/keeps"), lambda status, headers: None)
+    assert get("/keeps") == (200, b"kept")
+    assert log == ["tenant set up", "tenant set up", "tenant torn down"]
+    if first is Other:
+        body._handler_class = Other  # which Django has forgotten
+    context.run(body.close)
+    assert log[3:] == ["tenant torn down"]
 
 
 def test_a_request_inside_a_request():

@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from inspect import unwrap
+from typing import Any
 
+from django.core.signals import request_finished
 from django.http.response import HttpResponseBase
 
 from scoped.core.names import printable_repr
 from scoped.serving.bounds import in_time
+from scoped.serving.receivers import Listeners
 
 __all__ = [
     "close_resources",
@@ -16,6 +20,7 @@ __all__ = [
     "closes_itself",
     "drop_stream",
     "in_place_of",
+    "see_to_close",
 ]
 
 logger = logging.getLogger("scoped")
@@ -57,13 +62,35 @@ def close_resources(response: Any) -> None:
     response.closed = True
 
 
+_djangos_close = unwrap(HttpResponseBase.close)  # in whatever somebody has wrapped it
+
+
 def closes_itself(response: Any) -> bool:
     """
     Whether its ``close()`` is not Django's own. That must be called as it is, and
     at its end sends ``request_finished``, to sync and async receivers alike.
     """
-    cls = cast("type[HttpResponseBase]", type(response))
-    return cls.close is not HttpResponseBase.close or "close" in vars(response)
+    return response.__class__.close is not _djangos_close or "close" in vars(response)
+
+
+def see_to_close(response: Any, listeners: Listeners) -> None:
+    """
+    For a server that calls ``close()``. What is the response's own is seen to come to its end;
+    in the place of Django's is the same, told who listens.
+    """
+    own = response.__dict__.get("close")
+    how = getattr(own, "func", None)
+    if response.__class__.close is _djangos_close and (own is None or how is close_plainly):
+        response.close = partial(close_plainly, response, listeners)
+    elif how is not close_response:  # which it is where it was served before
+        response.close = partial(close_response, response, response.close)
+
+
+def close_plainly(response: Any, listeners: Listeners) -> None:
+    """What Django's ``close()`` does, but that it looks for no listeners."""
+    response.__dict__.pop("close", None)  # a cycle; and if it is called again, it is Django's
+    close_resources(response)
+    listeners.send(request_finished)
 
 
 def close_response(response: Any, own_close: Callable[[], None]) -> None:

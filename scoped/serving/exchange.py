@@ -7,17 +7,15 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import AsyncToSync
 from django.core.cache import caches
-from django.core.cache.backends.base import BaseCache
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIRequest, get_script_prefix
 from django.core.signals import request_finished, request_started
 from django.dispatch import Signal
 from django.urls import set_script_prefix
-from django.utils.module_loading import import_string
 
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
@@ -25,6 +23,7 @@ from scoped.core.waits import hop
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
 from scoped.serving.background import begin_waiting, drop_waiting
 from scoped.serving.bounds import in_thread, in_time, sync_code_ended
+from scoped.serving.caches import caches_have_to_be_closed
 from scoped.serving.ending import (
     close_resources,
     close_response,
@@ -346,7 +345,7 @@ class Exchange:
             return True
         if self.thread.is_taken and not self.thread.can_be_tidied_later:
             return True
-        if _closing_caches() and any(True for _ in caches.all(initialized_only=True)):
+        if caches_have_to_be_closed() and any(True for _ in caches.all(initialized_only=True)):
             return True  # close_caches() may have to wait for a server
         if self.response is None:
             return False
@@ -389,27 +388,6 @@ class Exchange:
 
 
 def _nothing() -> None: ...
-
-
-class _Caches:
-    """The project's caches that were looked through last, and whether to close any does a thing."""
-
-    settings: ClassVar[object] = None
-    have_to_be_closed: ClassVar[bool] = False
-
-
-def _closing_caches() -> bool:
-    if _Caches.settings is not (settings := caches.settings):
-        _Caches.have_to_be_closed = any(_closes(cache["BACKEND"]) for cache in settings.values())
-        _Caches.settings = settings
-    return _Caches.have_to_be_closed
-
-
-def _closes(backend: str) -> bool:
-    try:
-        return import_string(backend).close is not BaseCache.close
-    except (ImportError, AttributeError):  # no such cache, or one of another make
-        return True
 
 
 def _only_tidy(receivers: list[Receiver]) -> bool:

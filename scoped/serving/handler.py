@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from inspect import unwrap
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
@@ -21,8 +21,8 @@ from scoped.core.current import scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop, run_without_loop
-from scoped.serving.ending import close_resources, close_response, closes_itself, in_place_of
-from scoped.serving.receivers import note_failure
+from scoped.serving.ending import close_resources, in_place_of, see_to_close
+from scoped.serving.receivers import Listeners, note_failure
 from scoped.serving.streams import watch_without_loop
 
 __all__ = ["ScopedHandler", "error_page", "page_in_thread", "scope_of"]
@@ -30,6 +30,13 @@ __all__ = ["ScopedHandler", "error_page", "page_in_thread", "scope_of"]
 
 class ScopedHandler(BaseHandler):
     """A base of ours beside one of Django's: ``class X(ScopedHandler, ASGIHandler)``."""
+
+    # Not of an instance: Django's handler of static files does not call __init__().
+    listeners: ClassVar[Listeners]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.listeners = Listeners(cls)
 
     def adapt_method_mode(self, is_async: bool, method: Any, *args: Any, **kwargs: Any) -> Any:
         # Django hands each middleware, and the view, through here as it builds the chain.
@@ -67,8 +74,7 @@ class ScopedHandler(BaseHandler):
             response = in_place_of(response, page)
         if response.streaming:
             watch_without_loop(response, scope)
-        if closes_itself(response) and getattr(response.close, "func", None) is not close_response:
-            response.close = partial(close_response, response, response.close)
+        see_to_close(response, self.listeners)
         return response
 
 

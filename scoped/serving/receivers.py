@@ -24,12 +24,13 @@ from django.db import close_old_connections, reset_queries
 from django.db.backends.signals import connection_created
 from django.dispatch import Signal
 
-from scoped.core.current import scope_here
+from scoped.core.current import current, scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.names import printable
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.waits import run_without_loop
 from scoped.dispatch import Receiver, live_receivers
+from scoped.serving.caches import caches_have_to_be_closed
 from scoped.serving.threads import connection_made
 
 __all__ = [
@@ -80,20 +81,12 @@ class _ForeignScope(RequestScope):
     def tells_of_response(self) -> bool:
         return self.opener in tells_of_response
 
-    @property
-    def can_close_without_loop(self) -> bool:
-        return self.sync_only or not self.is_in_use
 
-
-def connect_handler(handler: type) -> "Listeners":
-    """
-    Requests of this handler class open and close a scope in their own task. Returns who
-    else listens to them.
-    """
+def connect_handler(handler: type) -> None:
+    """Requests of this handler class open and close a scope in their own task."""
     _our_handlers.add(handler)
     _connect_first(connection_created, connection_made)  # before any that raises
     got_request_exception.connect(_request_failed)
-    return Listeners(handler)
 
 
 def connect() -> None:
@@ -129,8 +122,8 @@ def _show_requests() -> None:
 
 
 def _show(request: Any) -> None:
-    scope = scope_here()
-    if isinstance(scope, _ForeignScope) and scope.is_open and scope.request is None:
+    scope = current.get()
+    if isinstance(scope, _ForeignScope) and scope.request is None and scope.is_open:
         scope.request = request
 
 
@@ -186,7 +179,8 @@ def open_foreign(
     **kwargs: Any,
 ) -> None:
     if environ is not None:
-        name = _name(environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO") or "/"))
+        path = environ.get("PATH_INFO") or "/"
+        name = _name(environ["REQUEST_METHOD"], path if path.isascii() else _path(path))
         _ForeignScope(name, sender).open(sync_only=True)
     elif scope is not None and sender not in _our_handlers and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
@@ -199,10 +193,10 @@ def open_foreign(
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:
     scope = scope_here()
     # Django's test clients, and the stock handler after a 400, send this without a sender.
-    if not isinstance(scope, _ForeignScope) or sender not in (None, scope.opener):
+    if not isinstance(scope, _ForeignScope) or (sender is not scope.opener and sender is not None):
         return
     scope.leave()
-    if scope.can_close_without_loop:
+    if scope.sync_only or not scope.is_in_use:
         if closing := scope.begin_close():
             run_without_loop(end(closing))
         return
@@ -224,8 +218,6 @@ def _request_failed(**kwargs: Any) -> None:
 
 def _path(of_wsgi: str) -> str:
     """WSGI has its bytes as Latin-1 (PEP 3333)."""
-    if of_wsgi.isascii():
-        return of_wsgi
     return of_wsgi.encode("latin-1", "replace").decode(errors="backslashreplace")
 
 
@@ -268,3 +260,13 @@ class Listeners:
         if TIDY.issuperset(receivers[0]) and not receivers[1]:
             self.found[signal] = _Found(look_up, connected, receivers)
         return receivers
+
+    def send(self, signal: Signal) -> None:
+        """As the signal's own ``send()``, but for what would do nothing."""
+        sync_receivers, async_receivers = self.of(signal)
+        if async_receivers:
+            signal.send(self.sender)
+            return
+        for receiver in sync_receivers:
+            if receiver is not close_caches or caches_have_to_be_closed():
+                receiver(signal=signal, sender=self.sender)
