@@ -840,6 +840,14 @@ MUTATIONS = [
         ("serving/exchange", "await in_time(called, ", "await called or ("),
     ),
     mutation(
+        "a closer that raises keeps the others from their work",
+        (
+            "serving/ending",
+            "        except Exception:  # noqa: S110",
+            "        except KeyError:  #",
+        ),
+    ),
+    mutation(
         "a response whose close() raises ends nothing",
         ("serving/ending", "        if not response.closed:\n", "        if False:\n"),
     ),
@@ -941,6 +949,14 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "factories are not told of a background task that is cancelled after its work",
+        (
+            "serving/background",
+            "            if failure is None:\n                failure = error\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
         "what a thread has just taken is not waited for",
         (
             "core/teardown",
@@ -951,6 +967,14 @@ MUTATIONS = [
     mutation(
         "a release does not wait for what somebody else has taken meanwhile",
         ("core/release", "            elif scope.is_open:\n                yield None\n", ""),
+    ),
+    mutation(
+        "a release in sync code does not wait for what another thread has just taken",
+        (
+            "core/release",
+            "            wait_for_others_sync(self.scope, self.scope.teardown_timeout)\n",
+            "            pass\n",
+        ),
     ),
     mutation(
         "what a thread takes after the look is not waited for",
@@ -991,6 +1015,10 @@ MUTATIONS = [
             "        if task.cancelled() and claims:  # before",
             "        if False:  # before",
         ),
+    ),
+    mutation(
+        "work is lost where the task that gives it to a thread is cancelled before its first step",
+        ("core/waits", "        if not (task.cancelled() and claims):\n", "        if True:\n"),
     ),
     mutation(
         "the end of a scope does not wait for a release",

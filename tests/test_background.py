@@ -320,6 +320,48 @@ async def test_it_is_not_torn_down_under_its_sync_code_however_often_it_is_cance
     assert log == ["+pool", "+db", "sync code ended", "db saw CancelledError", "-db", "-pool"]
 
 
+async def test_cancelled_when_its_work_is_done_it_still_waits_for_its_sync_code() -> None:
+    """Promises 8 and 11: a child of it is at work there, and factories see the cancellation."""
+    go_on = threading.Event()
+    loop, reached = asyncio.get_running_loop(), asyncio.Event()
+    children: list[asyncio.Future[None]] = []
+
+    def sync_work() -> None:
+        loop.call_soon_threadsafe(reached.set)
+        go_on.wait(30)
+        log.append("sync code ended")
+
+    async def work() -> None:
+        await db()
+        children.append(asyncio.create_task(sync_to_async(sync_work)()))
+        await reached.wait()
+        log.append("work done")
+
+    async with lifespan_scope():
+        task = spawn(work())
+        while "work done" not in log:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert log == ["+pool", "+db", "work done"]
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await children[0]
+    assert log == [
+        "+pool",
+        "+db",
+        "work done",
+        "sync code ended",
+        "db saw CancelledError",
+        "-db",
+        "-pool",
+    ]
+
+
 async def test_one_cancelled_before_its_first_step_ends_an_implied_lifespan_in_a_thread() -> None:
     """Its closing has a thread for sync code of its own: the spawner's may have ended."""
 

@@ -36,11 +36,11 @@ from scoped.core import books, first_use
 from scoped.core.current import current
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.place import thread_here
-from scoped.core.record import ENDING, HELD, Record
+from scoped.core.record import ENDING, GONE, HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import Resource
 from scoped.core.scope import Scope
-from scoped.core.waits import run_without_loop
+from scoped.core.waits import hop, run_without_loop
 from scoped.testing import AsyncClient
 from tests.connection import Connection
 from tests.tables import under_way, what_is_kept
@@ -422,6 +422,47 @@ class TestHandedOver:
             assert found == ["tenant 1", "tenant 1"]
             assert log == ["up", "down"]
 
+    def test_a_thread_that_comes_to_wait_when_it_is_released_already_has_one_of_its_own(
+        self, log: list[str]
+    ) -> None:
+        begun, go_on, released = (threading.Event() for _ in range(3))
+        here = threading.get_ident()
+
+        class Overtaken(RequestScope):
+            """The other thread sets up, and releases, what this one has found being set up."""
+
+            __slots__ = ()
+
+            def begin(self, resource: Resource[Any], asker: Record | None) -> tuple[Record, bool]:
+                found = super().begin(resource, asker)
+                if threading.get_ident() == here and not go_on.is_set():
+                    go_on.set()
+                    assert released.wait(DEADLINE)
+                return found
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            number = log.count("up") + 1
+            if number == 1:
+                begun.set()
+                assert go_on.wait(DEADLINE)
+            log.append("up")
+            yield f"tenant {number}"
+            log.append("down")
+
+        def set_up_and_release() -> None:
+            tenant()
+            tenant.release()
+            released.set()
+
+        with Overtaken("the request scope"):
+            other = in_thread(set_up_and_release, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+            assert tenant() == "tenant 2"
+            other.join(DEADLINE)
+            assert log == ["up", "down", "up"]
+        assert log == ["up", "down", "up", "down"]
+
 
 class TestRelease:
     """Promise 24: no retry without bound, and nobody waits for himself."""
@@ -492,6 +533,57 @@ class TestRelease:
             await base.release()
             thread.join(DEADLINE)
         assert log == ["user", "base"]
+
+    def test_nor_does_sync_code_release_what_is_used_by_what_another_thread_has_just_taken(
+        self, log: list[str]
+    ) -> None:
+        taken, go_on = threading.Event(), threading.Event()
+        here = threading.get_ident()
+        others: list[threading.Thread] = []
+
+        class Interrupted(Record):
+            """The other thread loses its turn when it has claimed it, until this one waits."""
+
+            __slots__ = ()
+
+            def __setattr__(self, name: str, value: object) -> None:
+                if name == "state" and value == ENDING and threading.get_ident() != here:
+                    taken.set()
+                    assert go_on.wait(DEADLINE)
+                super().__setattr__(name, value)
+
+            def wait(self, waiter: Any) -> None:
+                super().wait(waiter)
+                go_on.set()
+
+        class Overtaken(RequestScope):
+            """The other thread takes what this one has found."""
+
+            __slots__ = ()
+
+            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+                if threading.get_ident() == here and not others:
+                    others.append(in_thread(user.release, contextvars.copy_context()))
+                    assert taken.wait(DEADLINE)
+                return super().take_and_tell(record, released_by)
+
+        @request_scoped
+        def base() -> Iterator[str]:
+            yield "base"
+            log.append(f"base, when its user is {'gone' if used.state == GONE else 'there'}")
+
+        @request_scoped
+        def user() -> str:  # torn down nowhere, so any thread may release it
+            return base()
+
+        with Overtaken("the request scope") as scope:
+            user()
+            used = scope.records[user.resource]
+            used.__class__ = Interrupted
+            base.release()
+            assert log == ["base, when its user is gone"]
+            others[0].join(DEADLINE)
+            assert what_is_kept(scope) == []
 
     @pytest.mark.parametrize("where", ["owner", "child"])
     async def test_a_teardown_that_is_released_may_release_others_in_child_tasks(
@@ -1281,6 +1373,21 @@ class TestWhoCancelsAllTasks:
             await first_to_go()
         assert log == ["tenant saw NoneType"]
         assert len(cancelled) == tasks
+
+    async def test_work_that_has_yet_to_be_given_to_a_thread_is_done_there_all_the_same(
+        self, log: list[str]
+    ) -> None:
+        before = asyncio.all_tasks()
+        hopping = asyncio.create_task(hop(lambda: log.append("worked")))
+        await asyncio.sleep(0)
+        assert log == []
+        new = asyncio.all_tasks() - before
+        assert len(new) == 2  # that one, and the one which is to give the work to the thread
+        for task in new:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await hopping
+        assert log == ["worked"]
 
 
 class TestSyncGeneratorsOfALifespan:

@@ -197,6 +197,23 @@ async def test_the_responses_closers_come_before_the_sync_receivers_in_the_reque
     assert len(set(threads)) == 1
 
 
+async def test_a_closer_that_raises_keeps_no_other_from_its_work():
+    """Promise 18: nobody is told, as with Django's own ``HttpResponseBase.close()``."""
+
+    @view
+    def closers_that_raise(request):
+        def fails():
+            log.append("one that raises")
+            raise OSError("the closer")
+
+        response = HttpResponse()
+        response._resource_closers += [fails, lambda: log.append("the next")]
+        return response
+
+    assert (await get("/sync/closers_that_raise")).status == 200
+    assert log == ["one that raises", "the next"]
+
+
 @pytest.mark.parametrize("how", ["in a subclass", "on the instance"])
 async def test_a_response_that_overrides_close_is_closed_once(connected, how):
     finished = []

@@ -534,6 +534,37 @@ async def test_what_a_thread_set_up_is_released_there():
         assert threads[2] == threads[3] == threads[0]
 
 
+def test_sync_code_releases_nothing_while_another_thread_does():
+    """It cannot know how long that takes. Promise 7: nothing is torn down out of order."""
+    begun, go_on = threading.Event(), threading.Event()
+    tenant = sync_resource("tenant")
+
+    @request_scoped
+    def other():
+        yield
+        begun.set()
+        assert go_on.wait(30)
+        log.append("other")
+
+    def use_and_release():
+        other()
+        other.release()
+
+    with request_scope():
+        tenant()
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=[use_and_release])
+        thread.start()
+        assert begun.wait(30)
+        with pytest.raises(AsyncResourceError, match="is being torn down right now"):
+            tenant.release()
+        assert log == []  # nothing has changed
+        go_on.set()
+        thread.join(30)
+        tenant.release()
+        assert log == ["other", "tenant 1"]
+
+
 async def test_what_a_thread_set_up_with_an_async_one_goes_with_it_in_that_thread():
     threads = []
     db = resource("db")

@@ -322,6 +322,9 @@ async def test_work_is_done_though_the_settings_of_the_databases_are_wrong(caplo
         connections._settings = {"other": {"ENGINE": "django.db.backends.sqlite3"}}
         with LentThread() as thread:
             assert await thread.submit(str, "work") == "work"
+            # After work that fails it is looked whether a database is connected to.
+            with pytest.raises(ValueError, match="invalid literal"):
+                await thread.submit(int, "work")
             thread.lend_again = False
     finally:
         connections._settings = None
