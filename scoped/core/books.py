@@ -152,7 +152,7 @@ class Books:
         self.records.pop(record.resource, None)  # a fork empties them
         return True
 
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():  # pragma: no cover (free threads)
         # There a slot can be deleted twice, and nobody is told (CPython's issue 146270).
         _take_unlocked = take
 
