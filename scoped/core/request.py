@@ -131,7 +131,7 @@ class RequestScope(Scope):
                     lifespan.part_soon(self)
                     raise ScopeClosedError(resource, self)
             # Else it has gone since the look, and another thread was the last to use it.
-            elif lifespans.get(self.loop) is lifespan:  # pragma: no branch
+            elif lifespans.get(self.loop) is lifespan:  # pragma: no branch (a thread's doing)
                 raise ScopeClosedError(resource, lifespan)  # the server shuts down
         return self.lifespan
 
