@@ -463,6 +463,45 @@ class TestHandedOver:
             assert log == ["up", "down", "up"]
         assert log == ["up", "down", "up", "down"]
 
+    def test_a_thread_that_waits_takes_over_where_the_first_is_interrupted(
+        self, log: list[str]
+    ) -> None:
+        """Promise 3: that was not meant for who waits."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        class Interrupted(BaseException):
+            pass
+
+        @request_scoped
+        def tenant() -> str:
+            log.append("asked for")
+            if log == ["asked for"]:
+                begun.set()
+                assert go_on.wait(DEADLINE)
+                raise Interrupted
+            return "tenant"
+
+        def be_interrupted() -> None:
+            with pytest.raises(Interrupted):
+                tenant()
+            log.append("interrupted")
+
+        def wait() -> None:
+            found.append(tenant())
+
+        found: list[str] = []
+        with request_scope() as scope:
+            first = in_thread(be_interrupted, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+            second = in_thread(wait, contextvars.copy_context())
+            while not scope.records[tenant.resource].waiters:
+                time.sleep(0.001)
+            go_on.set()
+            first.join(DEADLINE)
+            second.join(DEADLINE)
+        assert sorted(log) == ["asked for", "asked for", "interrupted"]
+        assert found == ["tenant"]
+
 
 class TestRelease:
     """Promise 24: no retry without bound, and nobody waits for himself."""
@@ -1032,6 +1071,113 @@ class TestThreadsAtTheMomentOfClosing:
         thread.join(DEADLINE)
         await until(lambda: asyncio.get_running_loop() not in lifespans)
         assert log == ["told"]
+
+    def test_nothing_is_set_up_where_it_closes_between_the_look_and_the_set_up(
+        self, log: list[str]
+    ) -> None:
+        begun, closed = threading.Event(), threading.Event()
+        here = threading.get_ident()
+
+        class Overtaken(RequestScope):
+            """It closes when the thread has found that it is to set up."""
+
+            __slots__ = ()
+
+            def begin(self, resource: Resource[Any], asker: Record | None) -> tuple[Record, bool]:
+                found = super().begin(resource, asker)
+                assert threading.get_ident() != here
+                begun.set()
+                assert closed.wait(DEADLINE)
+                return found
+
+        @request_scoped
+        def tenant() -> str:
+            log.append("tenant")
+            return "tenant"
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError):
+                tenant()
+            log.append("told")
+
+        with Overtaken("the request scope") as scope:
+            thread = in_thread(ask, contextvars.copy_context())
+            assert begun.wait(DEADLINE)
+        closed.set()
+        thread.join(DEADLINE)
+        assert log == ["told"]
+        assert what_is_kept(scope) == []
+
+    def test_what_has_to_end_sets_nothing_up_in_a_lifespan_that_goes_on(
+        self, log: list[str]
+    ) -> None:
+        begun, closed = threading.Event(), threading.Event()
+
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @request_scoped
+        def late() -> str:
+            begun.set()
+            assert closed.wait(DEADLINE)
+            return pool()
+
+        def ask() -> None:
+            with pytest.raises(ScopeClosedError, match="late"):
+                late()
+            log.append("told")
+
+        with lifespan_scope() as lifespan:
+            with request_scope():
+                thread = in_thread(ask, contextvars.copy_context())
+                assert begun.wait(DEADLINE)
+            closed.set()
+            thread.join(DEADLINE)
+            assert log == ["told"]
+            assert lifespan.records == {}
+            assert pool() == "pool"
+        assert log == ["told", "+pool", "-pool"]
+
+    def test_of_two_threads_that_need_a_lifespan_at_once_one_begins_it(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        is_up, go_on = threading.Event(), threading.Event()
+        real, here = LifespanScope.implied_by, threading.get_ident()
+
+        @lifespan_scoped
+        def pool() -> Iterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        def come() -> None:
+            with request_scope():
+                pool()
+                is_up.set()
+                assert go_on.wait(DEADLINE)
+
+        def overtaken(request: Scope) -> LifespanScope:
+            made.append(real(request))
+            if threading.get_ident() == here:
+                threads.append(in_thread(come, contextvars.Context()))
+                assert is_up.wait(DEADLINE)
+                return made[0]
+            return made[-1]
+
+        monkeypatch.setattr(LifespanScope, "implied_by", overtaken)
+        made: list[LifespanScope] = []
+        threads: list[threading.Thread] = []
+        with request_scope() as scope:
+            assert pool() == "pool"
+            assert scope.lifespan is made[1]
+            assert [one.is_open for one in made] == [False, True]
+            go_on.set()
+            threads[0].join(DEADLINE)
+            assert log == ["+pool"]
+        assert log == ["+pool", "-pool"]
 
     @pytest.mark.parametrize("kind", ["async", "sync"])
     @pytest.mark.parametrize("declare", [request_scoped, lifespan_scoped])

@@ -118,6 +118,21 @@ def test_the_oldest_that_is_allowed_can_be_asked_for() -> None:
     assert names == [re.split(r"[<>=]", line)[0] for line in PROJECT["dependencies"]]
 
 
+# What is left out of coverage
+
+
+def test_each_exception_from_coverage_has_its_reason_beside_it() -> None:
+    exceptions = [
+        f"{path.name}: {line.strip()}"
+        for path in (ROOT / "scoped").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "pragma: no" in line
+    ]
+    assert exceptions
+    pattern = re.compile(r"  # pragma: no (cover|branch) \(\w.+\)$")
+    assert [line for line in exceptions if not pattern.search(line)] == []
+
+
 # .ci/run, and the commands of CONTRIBUTING
 
 

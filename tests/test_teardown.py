@@ -720,6 +720,7 @@ class TestAllOfIt:
             try:
                 yield "too late"
             except ValueError:
+                await asyncio.sleep(0)
                 log.append("stubborn torn down, and knows why")
                 if fails:
                     raise KeyError("the teardown") from None
