@@ -10,7 +10,8 @@ import selectors
 import threading
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from asgiref.sync import async_to_sync
@@ -53,26 +54,32 @@ class Lockstep(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, function: Callable[..., Any], *arguments: Any
     ) -> "asyncio.Future[Any]":
+        submit = (executor or self.threads).submit
+        return asyncio.wrap_future(self.follow(submit, partial(function, *arguments)), loop=self)
+
+    def follow(
+        self, submit: Callable[[Callable[[], Any]], Future[Any]], work: Callable[[], Any]
+    ) -> Future[Any]:
+        """Submit the work to any thread: the loop waits for it."""
         job = object()
 
         def run() -> Any:
             outer = getattr(self._thread, "job", None)
             self._thread.job = job
             try:
-                return function(*arguments)
+                return work()
             finally:
                 self._thread.job = outer
 
         self.jobs.add(job)
         self._set_busy(job, True)
         try:
-            future = (executor or self.threads).submit(run)
+            future = submit(run)
         except BaseException:
             self._end(job)
             raise
-        wrapped = asyncio.wrap_future(future, loop=self)
         future.add_done_callback(lambda _: self._end(job))
-        return wrapped
+        return future
 
     def _end(self, job: object) -> None:
         self.jobs.discard(job)
@@ -91,7 +98,7 @@ class Lockstep(asyncio.SelectorEventLoop):
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """In a job: await it in the loop, as with ``async_to_sync(function)(*arguments)``."""
-        job = getattr(self._thread, "job", None)  # none in a generator's own thread
+        job = getattr(self._thread, "job", None)  # none in a thread that it does not follow
 
         async def run() -> Any:
             try:

@@ -12,12 +12,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from asgiref.sync import ThreadSensitiveContext, sync_to_async
@@ -37,6 +39,7 @@ from scoped import (
 )
 from scoped.core.current import current, scope_here
 from scoped.core.lifespan import LifespanScope
+from scoped.core.place import OwnThread
 from scoped.core.request import RequestScope
 from scoped.core.scope import Scope
 from tests.lockstep import Hang, Lockstep, observe, tick
@@ -774,8 +777,14 @@ def run(program: Program, seen: Counter[str]) -> None:
         logger = logging.getLogger("scoped")
         logger.addHandler(this)
         logger.propagate = False
+        submit = OwnThread.submit
+
+        def followed(thread: OwnThread, work: Callable[[], None], /) -> Future[None]:
+            return loop.follow(partial(submit, thread), work)  # type: ignore[no-any-return]
+
         try:
-            runner.run(this.main())
+            with patch.object(OwnThread, "submit", followed):
+                runner.run(this.main())
         except Hang:
             this.expect(False, "hangs:", asyncio.all_tasks(loop))
         finally:
