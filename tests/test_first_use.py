@@ -902,6 +902,31 @@ class TestCirclesAreErrors:
             ]
         assert log == ["base"]
 
+    async def test_who_is_reached_by_many_ways_is_looked_at_once(self) -> None:
+        """Two in each of forty layers wait for both below: 2 ** 40 ways from top to bottom."""
+        go_on = asyncio.Event()
+
+        def declare(needs: list[Callable[[], Coroutine[Any, Any, None]]]) -> Any:
+            @request_scoped
+            async def one() -> None:
+                await asyncio.gather(*(need() for need in needs))
+                await go_on.wait()
+
+            return one
+
+        layer = [declare([]), declare([])]
+        for _ in range(40):
+            layer = [declare(layer), declare(layer)]
+        async with request_scope() as scope:
+            tasks = [asyncio.create_task(one()) for one in layer]
+            while len(under_way(scope)) < 82:
+                await asyncio.sleep(0)
+            late = declare(layer)
+            tasks.append(asyncio.create_task(late()))
+            await settle()
+            go_on.set()
+            await asyncio.gather(*tasks)
+
     async def test_two_who_wait_for_one_that_still_comes_are_no_circle(self) -> None:
         go_on = asyncio.Event()
 
