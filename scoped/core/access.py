@@ -27,7 +27,6 @@ _BY_LOOP = sys.version_info >= (3, 12)
 
 def async_access(resource: Resource[Any]) -> Any:
     get_current = _get_current
-    is_request = resource.lifetime is REQUEST
 
     async def of_request() -> Any:
         scope = get_current()
@@ -36,7 +35,11 @@ def async_access(resource: Resource[Any]) -> Any:
                 return scope.records[resource].value
             is_first = False
         except KeyError:
-            is_first = is_request and scope.owns_set_ups and scope.owner is current_task()
+            is_first = (
+                resource.lifetime is REQUEST
+                and scope.owns_set_ups
+                and scope.owner is current_task()
+            )
         except AttributeError:
             is_first = False
         if is_first:
@@ -50,7 +53,11 @@ def async_access(resource: Resource[Any]) -> Any:
                 return scope.records[resource].value
             is_first = False
         except KeyError:
-            is_first = is_request and scope.owns_set_ups and scope.owner is current_task()
+            is_first = (
+                resource.lifetime is REQUEST
+                and scope.owns_set_ups
+                and scope.owner is current_task()
+            )
         except AttributeError:
             is_first = False
         if is_first:
