@@ -27,7 +27,7 @@ TESTS = [
         *("books", "until_response", "release", "wsgi"),
         *("factories", "keyed", "calls", "foreign_errors", "names", "errors"),
         *("threads", "many_threads", "every_await", "model"),
-        *("background", "testing", "signals", "good_neighbour"),
+        *("background", "testing", "signals", "good_neighbour", "who_cancels", "bounds"),
     )
 ]
 # Seconds for all tests under one mutation, of which some make them hang.
