@@ -2,7 +2,7 @@
 
 import sys
 from asyncio import current_task, get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from threading import get_ident
 from typing import Any, cast
 
@@ -25,6 +25,18 @@ _BY_LOOP = sys.version_info >= (3, 12)
 # scope_for() notes who asks. A factory runs outside the `except`: it would find a KeyError there.
 
 
+def _first_use(resource: Resource[Any], lacking: Any) -> Coroutine[Any, Any, Any]:
+    """``lacking``: the scope that is current, in which it was looked for, and is not."""
+    if (
+        lacking is not None
+        and resource.lifetime is REQUEST
+        and lacking.owns_set_ups
+        and lacking.owner is current_task()
+    ):
+        return set_up(lacking.begin_alone(resource), None)
+    return get(scope_for(resource), resource)
+
+
 def async_access(resource: Resource[Any]) -> Any:
     get_current = _get_current
 
@@ -33,36 +45,24 @@ def async_access(resource: Resource[Any]) -> Any:
         try:
             if scope.loop is get_running_loop():
                 return scope.records[resource].value
-            is_first = False
+            lacks = False
         except KeyError:
-            is_first = (
-                resource.lifetime is REQUEST
-                and scope.owns_set_ups
-                and scope.owner is current_task()
-            )
+            lacks = True
         except AttributeError:
-            is_first = False
-        if is_first:
-            return await set_up(scope.begin_alone(resource), None)
-        return await get(scope_for(resource), resource)
+            lacks = False
+        return await _first_use(resource, scope if lacks else None)
 
     async def of_request_by_thread() -> Any:
         scope = get_current()
         try:
             if scope.thread == get_ident():
                 return scope.records[resource].value
-            is_first = False
+            lacks = False
         except KeyError:
-            is_first = (
-                resource.lifetime is REQUEST
-                and scope.owns_set_ups
-                and scope.owner is current_task()
-            )
+            lacks = True
         except AttributeError:
-            is_first = False
-        if is_first:
-            return await set_up(scope.begin_alone(resource), None)
-        return await get(scope_for(resource), resource)
+            lacks = False
+        return await _first_use(resource, scope if lacks else None)
 
     async def of_lifespan() -> Any:
         try:

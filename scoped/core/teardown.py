@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scoped.core import observer
 from scoped.core.current import current
-from scoped.core.deadline import finish_in_time
 from scoped.core.errors import TeardownError, note
-from scoped.core.place import Keeper, Thread
+from scoped.core.place import Keeper, Thread, begin_finish
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.resource import LIFESPAN
 from scoped.core.waits import outlast
@@ -58,9 +57,7 @@ def begin_end(
                 # So that what its code releases, in child tasks too, is known to be asked by it.
                 outer = current.get()
                 current.set(record)
-            rest = record.resource.factory.finish(generator, failure)
-            if rest is not None:
-                rest = finish_in_time(rest, record.resource, scope)
+            rest = begin_finish(record, scope, generator, failure)
     except BaseException as error:
         if outer is not None:
             _restore(record, outer)
