@@ -1055,7 +1055,51 @@ MUTATIONS = [
     ),
     mutation(
         "who has wrapped create_task does not see the request's task",
-        ("serving/exchange", ' and not hasattr(loop.create_task, "__wrapped__")', ""),
+        ("serving/exchange", 'return hasattr(create_task, "__wrapped__")', "return False"),
+    ),
+    mutation(
+        "whoever reads bodies in Django's place does not see the empty ones",
+        (
+            "asgi",
+            '            and getattr(read, "__func__", None) is _djangos_read_body\n',
+            "",
+        ),
+    ),
+    mutation(
+        "a body ends where its first part is empty",
+        ("asgi", '            and not message.get("more_body")\n', ""),
+    ),
+    mutation(
+        "the sync code that waits for a request is not looked for",
+        ("core/waits", "_beneath.get(None) is None:", "True:"),
+    ),
+    mutation(
+        "a request leaves a lifespan at once that nobody holds",
+        (
+            "core/lifespan",
+            "            if not self._holders or self._idle",
+            "            if self._idle",
+        ),
+    ),
+    mutation(
+        "whoever waits for a lifespan's requests is not told of the last",
+        ("core/lifespan", "self._idle is not None or request not in", "request not in"),
+    ),
+    mutation(
+        "a lifespan closes as if it were a request in itself",
+        ("core/lifespan", "is not None or request not in self._requests:", "is not None:"),
+    ),
+    mutation(
+        "a factory in a keeper sets up in the owner's place",
+        ("core/access", "(asker.state == STARTING and asker.place is None)", "True"),
+    ),
+    mutation(
+        "what a factory asks for first is not noted as used by it",
+        (
+            "core/books",
+            "        if asker is not None:\n            asker.use(record)\n            if self.ending is not None:\n                self.version = next_number()\n        return record\n",
+            "        return record\n",
+        ),
     ),
     mutation(
         "locks are held in a forked process too",

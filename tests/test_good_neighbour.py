@@ -10,6 +10,7 @@ import inspect
 import io
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import django
 import pytest
@@ -459,14 +460,16 @@ def test_one_that_does_is_not_nor_is_a_test_client(caplog):
     assert logged(caplog) == []
 
 
+@pytest.mark.parametrize("where", ["of the loop", "of its class"])
 async def test_whoever_has_wrapped_create_task_sees_the_requests_task_before_its_first_step(
-    monkeypatch,
+    monkeypatch, where
 ) -> None:
     """New Relic does: what it knows of a task it knows by the one that has created it."""
     loop = asyncio.get_running_loop()
+    wrapped = loop if where == "of the loop" else asyncio.BaseEventLoop
     known: set[asyncio.Task[object] | None] = {asyncio.current_task()}
 
-    @functools.wraps(loop.create_task)
+    @functools.wraps(wrapped.create_task)
     def create_task(*args: object, **kwargs: object) -> asyncio.Task[object]:
         task = create_task.__wrapped__(*args, **kwargs)
         if asyncio.current_task() in known:
@@ -479,6 +482,62 @@ async def test_whoever_has_wrapped_create_task_sees_the_requests_task_before_its
         return HttpResponse()
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "create_task", create_task)
+        patched.setattr(wrapped, "create_task", create_task)
         await Connection(ScopedASGIHandler(), "/look").start()
     assert log == [True]
+
+
+@pytest.mark.parametrize("how", ["patched", "overridden between"])
+async def test_whoever_reads_bodies_in_djangos_place_reads_the_empty_ones_too(
+    monkeypatch, how
+) -> None:
+    djangos = ASGIHandler.read_body
+
+    async def read_body(self, receive):
+        log.append("read")
+        return await djangos(self, receive)
+
+    @view
+    async def look(request):
+        return HttpResponse(request.body)
+
+    handler = ScopedASGIHandler
+    if how == "patched":
+        monkeypatch.setattr(ASGIHandler, "read_body", read_body)
+    else:
+        between = type("Between", (ASGIHandler,), {"read_body": read_body})
+        handler = type("Handler", (ScopedASGIHandler, between), {})
+    connection = Connection(handler(), "/look")
+    await connection.start()
+    assert (connection.body, log) == (b"", ["read"])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"type": "http.request"}],
+        [{"type": "http.request", "body": b""}],
+        [{"type": "http.request", "body": b"", "more_body": False}],
+        [{"type": "http.request", "more_body": True}, {"type": "http.request", "body": b"x"}],
+        [
+            {"type": "http.request", "body": b"", "more_body": True},
+            {"type": "http.request", "body": b"x", "more_body": True},
+            {"type": "http.request", "body": b"", "more_body": False},
+        ],
+        [{"type": "http.request", "body": b"x", "more_body": False}],
+    ],
+)
+async def test_a_body_is_read_to_its_end_however_a_server_cuts_it(messages) -> None:
+    streams: list[Any] = []
+
+    @view
+    async def look(request):
+        streams.append(request._stream)
+        return HttpResponse(request.body)
+
+    connection = Connection(ScopedASGIHandler(), "/look", body=())
+    for message in messages:
+        connection.messages.put_nowait(message)
+    await connection.start()
+    assert connection.body == b"".join(message.get("body", b"") for message in messages)
+    assert streams[0].closed

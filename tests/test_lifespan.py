@@ -711,6 +711,46 @@ class TestShutdown:
         assert log == ["pool"]
         await tasks[0]
 
+    async def test_who_waits_for_a_request_hears_of_its_end_though_another_holds_it_since(
+        self,
+    ) -> None:
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await go_on.wait()
+
+        async def server() -> None:
+            async with lifespan_scope():
+                tasks.append(asyncio.create_task(request()))
+                await settle()
+
+        tasks: list[asyncio.Task[None]] = []
+        first = asyncio.create_task(server())
+        await settle()
+        await settle()
+        async with lifespan_scope():
+            go_on.set()
+            await tasks[0]
+            await settle()
+            assert first.done()
+
+    async def test_what_a_request_has_used_is_no_reason_to_wait_for_it_once_it_has_ended(
+        self,
+    ) -> None:
+        @request_scoped
+        async def db() -> str:
+            return "db"
+
+        async with lifespan_scope():
+            async with request_scope() as unused:
+                lifespan = unused.lifespan
+                assert lifespan is not None
+            async with request_scope():
+                await db()
+                assert lifespan.in_use_by() == "the request scope"
+            assert lifespan.in_use_by() == ""
+
     async def test_two_who_want_to_close_it_do_not_lose_a_teardown(self, log: list[str]) -> None:
         @lifespan_scoped
         async def pool() -> AsyncIterator[str]:

@@ -10,6 +10,7 @@ from scoped.core import release as releases
 from scoped.core.current import current, scope_here
 from scoped.core.first_use import get, get_nowait, get_sync, set_up
 from scoped.core.lookup import scope_for
+from scoped.core.record import STARTING, Record
 from scoped.core.resource import LIFESPAN, REQUEST, Resource
 
 __all__ = ["async_access", "sync_access"]
@@ -21,19 +22,25 @@ _get_current = cast("Callable[[], Any]", current.get)
 _BY_LOOP = sys.version_info >= (3, 12)
 
 # Each has a short way, for a value that is there, which pays for nothing else. One more is for what
-# a request's owner is the first to ask for, though not in a factory. All else goes the long way:
-# scope_for() notes who asks. A factory runs outside the `except`: it would find a KeyError there.
+# a request's owner is the first to ask for, be it in a factory. All else goes the long way.
+# A factory runs outside the `except`: it would find a KeyError there.
 
 
-def _first_use(resource: Resource[Any], lacking: Any) -> Coroutine[Any, Any, Any]:
-    """``lacking``: the scope that is current, in which it was looked for, and is not."""
+def _first_use(resource: Resource[Any], here: Any) -> Coroutine[Any, Any, Any]:
+    """``here``: what is current."""
+    scope, asker = here, None
+    if type(here) is Record:
+        scope = here.scope
+        asker = here
     if (
-        lacking is not None
+        scope is not None
         and resource.lifetime is REQUEST
-        and lacking.owns_set_ups
-        and lacking.owner is current_task()
+        and scope.owns_set_ups
+        and scope.owner is current_task()
+        and resource not in scope.records
+        and (asker is None or (asker.state == STARTING and asker.place is None))
     ):
-        return set_up(lacking.begin_alone(resource), None)
+        return set_up(scope.begin_alone(resource, asker), asker)
     return get(scope_for(resource), resource)
 
 
@@ -41,28 +48,26 @@ def async_access(resource: Resource[Any]) -> Any:
     get_current = _get_current
 
     async def of_request() -> Any:
-        scope = get_current()
+        here = get_current()
         try:
-            if scope.loop is get_running_loop():
-                return scope.records[resource].value
-            lacks = False
+            if here.loop is get_running_loop():
+                return here.records[resource].value
         except KeyError:
-            lacks = True
+            pass  # the usual reason, so it is looked for alone
         except AttributeError:
-            lacks = False
-        return await _first_use(resource, scope if lacks else None)
+            pass
+        return await _first_use(resource, here)
 
     async def of_request_by_thread() -> Any:
-        scope = get_current()
+        here = get_current()
         try:
-            if scope.thread == get_ident():
-                return scope.records[resource].value
-            lacks = False
+            if here.thread == get_ident():
+                return here.records[resource].value
         except KeyError:
-            lacks = True
+            pass  # the usual reason, so it is looked for alone
         except AttributeError:
-            lacks = False
-        return await _first_use(resource, scope if lacks else None)
+            pass
+        return await _first_use(resource, here)
 
     async def of_lifespan() -> Any:
         try:

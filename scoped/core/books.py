@@ -99,14 +99,18 @@ class Books:
                 raise error
         return record, is_new
 
-    def begin_alone(self, resource: "Resource[Any]") -> Record:
+    def begin_alone(self, resource: "Resource[Any]", asker: Record | None) -> Record:
         """
-        As ``begin()``, for an async resource that has no record, which the owner asks for and no
-        factory: so nobody else can come.
+        As ``begin()``, for an async resource that has no record, which the owner asks for: so
+        nobody else can come.
         """
         if not self.is_open or (self.has_responded and resource.lifetime is RESPONSE):
             raise self.closed_error(resource)
         record = self.records[resource] = Record(resource, self)  # type: ignore[arg-type]
+        if asker is not None:
+            asker.use(record)
+            if self.ending is not None:
+                self.version = next_number()
         return record
 
     def complete(self, record: Record, generator: Any, value: Any) -> bool:

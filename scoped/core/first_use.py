@@ -11,8 +11,6 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from asgiref.sync import AsyncToSync
-
 from scoped.core import observer
 from scoped.core.current import asker_here, current
 from scoped.core.errors import (
@@ -25,10 +23,9 @@ from scoped.core.errors import (
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
 from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
 from scoped.core.resource import LIFESPAN
-from scoped.core.waits import running_loop
+from scoped.core.waits import running_loop, sync_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
     from contextvars import Context
 
     from scoped.core.resource import Resource
@@ -41,20 +38,8 @@ __all__ = ["get", "get_nowait", "get_sync", "set_up"]
 _PATIENCE = 10.0
 
 
-def get(scope: "Scope", resource: "Resource[Any]") -> "Coroutine[Any, Any, Any]":
-    """For ``await``: the value of an async resource, set up now if need be."""
-    if (
-        resource not in scope.records
-        and scope.owns_set_ups
-        and scope.owner is asyncio.current_task()
-    ):  # so it waits for nobody
-        asker = asker_here()
-        record, _ = scope.begin(resource, asker)  # new: what is async, no other thread begins
-        return set_up(record, asker)
-    return _get(scope, resource)
-
-
-async def _get(scope: "Scope", resource: "Resource[Any]") -> Any:
+async def get(scope: "Scope", resource: "Resource[Any]") -> Any:
+    """The value of an async resource, set up now if need be."""
     asker = asker_here()
     while True:
         scope.check_loop(resource)
@@ -103,7 +88,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
             keeper.start(lambda new: set_up(new, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
             return None  # pragma: no cover (it has gone since begin(): a thread's doing)
-        elif getattr(AsyncToSync.executors, "current", None) is not None:
+        elif sync_parent() is not None:
             # Sync code waits for this task, in a thread that the set-up may need.
             timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)
         return await waiter

@@ -186,6 +186,14 @@ class LifespanScope(Scope):
                 return True
             return False
 
+    def lets_go(self, request: Scope) -> bool:
+        """Whether a request has parted from it, as nobody had to wait for that: it is held."""
+        with _lock:
+            if not self._holders or self._idle is not None or request not in self._requests:
+                return False
+            self._requests.discard(request)
+            return True
+
     def _part(self, request: Scope) -> bool:
         """Whether the caller is to close it."""
         with _lock:

@@ -198,7 +198,11 @@ class Scope(Books):
         # From now on nothing new is kept; so what is found after this, and not before it, is all.
         self.is_open = False
         self._state = "closing"
-        if self.records or self.ending or self.lifespan:
+        if (
+            self.records
+            or self.ending
+            or not (self.lifespan is None or self.lifespan.lets_go(self))
+        ):
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
         return ()
@@ -212,7 +216,7 @@ class Scope(Books):
         yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure  # no cycle of it and this frame
-        if self.lifespan is not None:
+        if not (self.lifespan is None or self.lifespan.lets_go(self)):
             yield self._leave_lifespan(problems)
         if problems:
             raise_all(self, problems)

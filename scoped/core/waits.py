@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
+from contextvars import ContextVar
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = [
     "run_without_loop",
     "running_loop",
     "set_done",
+    "sync_parent",
     "wake",
 ]
 
@@ -48,6 +50,19 @@ running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_runn
 
 def current_task() -> "asyncio.Task[Any] | None":
     return None if (loop := running_loop()) is None else asyncio.current_task(loop)
+
+
+# The ContextVar beneath that Local of asgiref's, as far as this is known: where nothing is in it, a
+# look at the Local makes an error, and a text for it, which takes a twentieth of a small request.
+_beneath = getattr(vars(AsyncToSync.executors).get("_storage"), "_data", None)
+
+
+def sync_parent() -> Executor | None:
+    """The executor of the sync code that waits for the code at hand, whose thread that is."""
+    if isinstance(_beneath, ContextVar) and _beneath.get(None) is None:
+        return None
+    executor: Executor | None = getattr(AsyncToSync.executors, "current", None)
+    return executor
 
 
 async def outlast(
@@ -183,7 +198,7 @@ async def _hop(claims: list[Callable[[], None]]) -> None:
             # Of this very task: not before it is done.
         except RuntimeError:
             # A cancelled async_to_sync() has left its executor, which has ended, in the Context.
-            if getattr(AsyncToSync.executors, "current", None) is None:
+            if sync_parent() is None:
                 raise
             AsyncToSync.executors.current = None
     if done.done():  # as ever, but where a cancellation has come between

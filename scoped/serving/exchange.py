@@ -6,7 +6,9 @@ of ``request_finished``.
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import Executor
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import AsyncToSync
@@ -19,7 +21,7 @@ from django.urls import set_script_prefix
 
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.waits import hop
+from scoped.core.waits import hop, sync_parent
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
 from scoped.serving.background import begin_waiting, drop_waiting
 from scoped.serving.bounds import in_thread, in_time, sync_code_ended
@@ -45,9 +47,6 @@ __all__ = ["Exchange", "Message", "Receive", "Send"]
 Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-
-_executors = AsyncToSync.executors
 
 
 class Exchange:
@@ -85,8 +84,7 @@ class Exchange:
         assert server is not None
         self.server, self.cancelled_before = server, server.cancelling()
         loop = server.get_loop()
-        # Whoever wants to know of each task, as New Relic does, has set a factory or wrapped this.
-        is_plain = loop.get_task_factory() is None and not hasattr(loop.create_task, "__wrapped__")
+        is_plain = loop.get_task_factory() is None and not _is_wrapped(loop.create_task)
         if sys.version_info >= (3, 12) and is_plain:  # as mypy reads it on 3.11
             # A request that never waits is over when this returns.
             return asyncio.Task(self.run(), loop=loop, eager_start=True)
@@ -125,16 +123,15 @@ class Exchange:
         task = asyncio.current_task()
         assert task is not None
         self.task, self.is_new = task, False
-        sync_parent = getattr(_executors, "current", None)
-        if sync_parent is not None:
+        if (waits := sync_parent()) is not None:
             # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
-            await self.run_in_context(sync_parent)
+            await self.run_in_context(waits)
             return
         self.thread = self.handler.lend_thread()
         with self.thread:
             await self.run_in_context(None)
 
-    async def run_in_context(self, sync_parent: Any) -> None:
+    async def run_in_context(self, parent: Executor | None) -> None:
         request_scope = open_scope(type(self.handler), self.scope)
         failure: BaseException | None = None
         try:
@@ -149,8 +146,8 @@ class Exchange:
         # A sync view that was cancelled while it ran async code leaves the executor of that
         # moment behind in this Context: the hops to come would find it broken.
         may_be_left = self.thread is None or self.thread.is_taken or seen is not None
-        if may_be_left and getattr(_executors, "current", None) is not sync_parent:
-            _executors.current = sync_parent
+        if may_be_left and sync_parent() is not parent:
+            AsyncToSync.executors.current = parent
         if self.thread is not None and (
             self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
         ):
@@ -387,6 +384,13 @@ class Exchange:
 
 
 def _nothing() -> None: ...
+
+
+def _is_wrapped(create_task: Any) -> bool:
+    """Whoever wants to know of each task, as New Relic does, wraps this or sets a task factory."""
+    if type(create_task) is MethodType:
+        create_task = create_task.__func__  # a method makes an error of each name it does not know
+    return hasattr(create_task, "__wrapped__")
 
 
 def _only_tidy(receivers: list[Receiver]) -> bool:
