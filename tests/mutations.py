@@ -908,8 +908,8 @@ MUTATIONS = [
         "one that found it set up already is not known to use it",
         (
             "core/books",
-            "            asker.use(record)\n",
-            "            if is_new:\n                asker.use(record)\n",
+            "            asker.use(record)\n            if self",
+            "            if is_new:\n                asker.use(record)\n            if self",
         ),
     ),
     mutation(
@@ -1090,15 +1090,15 @@ MUTATIONS = [
         ("core/lifespan", "is not None or request not in self._requests:", "is not None:"),
     ),
     mutation(
-        "a factory in a keeper sets up in the owner's place",
-        ("core/access", "(asker.state == STARTING and asker.place is None)", "True"),
+        "what a teardown asks for counts as asked for by a factory",
+        ("core/access", "(asker is None or asker.state == STARTING)", "True"),
     ),
     mutation(
         "what a factory asks for first is not noted as used by it",
         (
             "core/books",
-            "        if asker is not None:\n            asker.use(record)\n            if self.ending is not None:\n                self.version = next_number()\n        return record\n",
-            "        return record\n",
+            "            asker.use(record)\n        return record\n",
+            "            pass\n        return record\n",
         ),
     ),
     mutation(

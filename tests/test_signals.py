@@ -267,6 +267,24 @@ async def test_what_is_released_is_torn_down_and_told_of_once(listener: Listener
     assert listener.log.count("db torn down") == 1
 
 
+async def test_what_a_released_ones_teardown_asks_for_is_asked_for_by_no_factory(
+    listener: Listener,
+) -> None:
+    @request_scoped
+    async def audit() -> str:
+        return "audit"
+
+    @request_scoped
+    async def session() -> AsyncIterator[str]:
+        yield "session"
+        await audit()
+
+    async with request_scope():
+        await session()
+        await session.release()
+    assert [line for line in listener.log if "audit" in line] == ["audit set up"]
+
+
 async def test_what_lives_until_the_response_is_part_of_its_request(listener: Listener) -> None:
     @request_scoped(until="response")
     async def transaction() -> AsyncIterator[None]:

@@ -38,7 +38,7 @@ def _first_use(resource: Resource[Any], here: Any) -> Coroutine[Any, Any, Any]:
         and scope.owns_set_ups
         and scope.owner is current_task()
         and resource not in scope.records
-        and (asker is None or (asker.state == STARTING and asker.place is None))
+        and (asker is None or asker.state == STARTING)
     ):
         return set_up(scope.begin_alone(resource, asker), asker)
     return get(scope_for(resource), resource)

@@ -109,8 +109,6 @@ class Books:
         record = self.records[resource] = Record(resource, self)  # type: ignore[arg-type]
         if asker is not None:
             asker.use(record)
-            if self.ending is not None:
-                self.version = next_number()
         return record
 
     def complete(self, record: Record, generator: Any, value: Any) -> bool:
