@@ -1061,13 +1061,13 @@ MUTATIONS = [
         "whoever reads bodies in Django's place does not see the empty ones",
         (
             "asgi",
-            '            and getattr(read, "__func__", None) is _djangos_read_body\n',
-            "",
+            'if message == _NO_BODY and getattr(read, "__func__", None) is _djangos_read_body:',
+            "if message == _NO_BODY:",
         ),
     ),
     mutation(
         "a body ends where its first part is empty",
-        ("asgi", '            and not message.get("more_body")\n', ""),
+        ("asgi", "if message == _NO_BODY and", 'if not message.get("body") and'),
     ),
     mutation(
         "the sync code that waits for a request is not looked for",
