@@ -549,7 +549,7 @@ MUTATIONS = [
     ),
     mutation(
         "a plain with block in async code runs async factories",
-        ("core/request", "self.sync_only, self.owner = True, None", "self.sync_only = True"),
+        ("core/request", "is_owned = not sync_only and", "is_owned ="),
     ),
     mutation(
         "threads that wait are not told when it is set up",
@@ -1192,19 +1192,19 @@ MUTATIONS = [
     ),
     mutation(
         "what WSGI has answered waits for the garbage collector",
-        ("serving/ending", '    response.__dict__.pop("close", None)  #', "    pass  #"),
+        ("serving/ending", "        del response.close  #", "        pass  #"),
     ),
     mutation(
         "who patches a response's close() is gone round",
         (
             "serving/ending",
-            "    if response.__class__.close is _djangos_close and (",
-            "    if (",
+            'return getattr(response.close, "__func__", None) is not _djangos_close',
+            'return "close" in vars(response)',
         ),
     ),
     mutation(
         "a response that is served twice at once tells of its first handler",
-        ("serving/ending", " or how is close_plainly)", ")"),
+        ("serving/ending", "if how is close_plainly or not", "if not"),
     ),
     mutation(
         "under WSGI a response's end reaches no async receiver",

@@ -88,13 +88,16 @@ class RequestScope(Scope):
         sync_only: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> Self:
-        self._open(running_loop(), current_task())
-        if sync_only:
-            self.sync_only, self.owner = True, None  # not even a task at hand runs async factories
-        if loop is not None:  # that of the sync code which opens it, and owns it no further
-            self.loop, self.owner, self.thread = loop, None, 0
-        self._find_lifespan()
-        self.tell_of_opening()
+        # Where it is of sync code, not even a task at hand runs async factories.
+        is_owned = not sync_only and loop is None
+        self._open(running_loop(), current_task() if is_owned else None)
+        self.sync_only = sync_only
+        if loop is not None:  # that of the sync code which opens it
+            self.loop, self.thread = loop, 0
+        if lifespans:
+            self._find_lifespan()
+        if observer.observer is not None:
+            self.tell_of_opening()
         return self
 
     def _find_lifespan(self) -> None:
