@@ -53,7 +53,7 @@ MUTATIONS = [
     # The end of a request
     mutation(
         "the scope is not closed",
-        ("serving/exchange", "if closing := request_scope.begin_close():", "if closing := ():"),
+        ("serving/exchange", "for rest in request_scope.begin_close():", "for rest in ():"),
     ),
     mutation(
         "request_finished is not sent to async receivers",

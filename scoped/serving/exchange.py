@@ -4,9 +4,10 @@ of ``request_finished``.
 """
 
 import asyncio
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import Executor
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from scoped.serving.ending import (
     in_place_of,
 )
 from scoped.serving.handler import page_in_thread
-from scoped.serving.receivers import TIDY, end, end_response, open_scope
+from scoped.serving.receivers import TIDY, end_response, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from scoped.asgi import ScopedASGIHandler
 
 __all__ = ["Exchange", "Message", "Receive", "Send"]
+
+logger = logging.getLogger("scoped")
 
 Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -123,36 +126,31 @@ class Exchange:
         task = asyncio.current_task()
         assert task is not None
         self.task, self.is_new = task, False
-        if (waits := sync_parent()) is not None:
-            # Sync code, a test's say, waits for this request, and what is sync runs in its thread.
-            await self.run_in_context(waits)
-            return
-        self.thread = self.handler.lend_thread()
-        with self.thread:
-            await self.run_in_context(None)
-
-    async def run_in_context(self, parent: Executor | None) -> None:
-        request_scope = open_scope(type(self.handler), self.scope)
-        failure: BaseException | None = None
-        try:
-            set_script_prefix(get_script_prefix(self.scope))
-            receivers = self.receivers_at_start()
-            if any(receivers):
-                await self.start(*receivers)
-            await self.respond(request_scope)
-        except BaseException as error:
-            failure = error
-        seen = request_scope.failure or failure
-        # A sync view that was cancelled while it ran async code leaves the executor of that
-        # moment behind in this Context: the hops to come would find it broken.
-        may_be_left = self.thread is None or self.thread.is_taken or seen is not None
-        if may_be_left and sync_parent() is not parent:
-            AsyncToSync.executors.current = parent
-        if self.thread is not None and (
-            self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
-        ):
-            self.thread.lend_again = False  # what its code would have cleaned up is still there
-        await self.finish(request_scope, failure)
+        # Where sync code, a test's say, waits for this request, what is sync runs in its thread.
+        if (parent := sync_parent()) is None:
+            self.thread = self.handler.lend_thread()
+        with self.thread or nullcontext():
+            request_scope = open_scope(type(self.handler), self.scope)
+            failure: BaseException | None = None
+            try:
+                set_script_prefix(get_script_prefix(self.scope))
+                receivers = self.receivers_at_start()
+                if any(receivers):
+                    await self.start(*receivers)
+                await self.respond(request_scope)
+            except BaseException as error:
+                failure = error
+            seen = request_scope.failure or failure
+            # A sync view that was cancelled while it ran async code leaves the executor of that
+            # moment behind in this Context: the hops to come would find it broken.
+            may_be_left = self.thread is None or self.thread.is_taken or seen is not None
+            if may_be_left and sync_parent() is not parent:
+                AsyncToSync.executors.current = parent
+            if self.thread is not None and (
+                self.cancelled or failure is not None or isinstance(seen, asyncio.CancelledError)
+            ):
+                self.thread.lend_again = False  # what its code would have cleaned is still there
+            await self.finish(request_scope, failure)
 
     def receivers_at_start(self) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that are to be called before the request is answered."""
@@ -308,8 +306,13 @@ class Exchange:
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
             await self.attempt(self.call_async(receiver))
-        if closing := request_scope.begin_close():
-            await self.attempt(end(closing))
+        try:
+            for rest in request_scope.begin_close():
+                await rest
+        except TeardownError as error:
+            logger.error("%s", error, exc_info=error)  # the response has been sent
+        except BaseException as error:
+            self.problems.append(error)
         if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
             what = f"A receiver of request_finished, or the response's close(), of {request_scope}"
