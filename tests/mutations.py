@@ -1192,19 +1192,19 @@ MUTATIONS = [
     ),
     mutation(
         "what WSGI has answered waits for the garbage collector",
-        ("serving/ending", "        del response.close  #", "        pass  #"),
+        ("serving/ending", '    response.__dict__.pop("close", None)  #', "    pass  #"),
     ),
     mutation(
         "who patches a response's close() is gone round",
         (
             "serving/ending",
-            'return getattr(response.close, "__func__", None) is not _djangos_close',
-            'return "close" in vars(response)',
+            "    if response.__class__.close is _djangos_close and (",
+            "    if (",
         ),
     ),
     mutation(
         "a response that is served twice at once tells of its first handler",
-        ("serving/ending", "if how is close_plainly or not", "if not"),
+        ("serving/ending", " or how is close_plainly)", ")"),
     ),
     mutation(
         "under WSGI a response's end reaches no async receiver",

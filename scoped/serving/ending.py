@@ -70,8 +70,7 @@ def closes_itself(response: Any) -> bool:
     Whether its ``close()`` is not Django's own. That must be called as it is, and
     at its end sends ``request_finished``, to sync and async receivers alike.
     """
-    # Not by vars(), which makes a dict of an object that has done without.
-    return getattr(response.close, "__func__", None) is not _djangos_close
+    return response.__class__.close is not _djangos_close or "close" in vars(response)
 
 
 def see_to_close(response: Any, listeners: Listeners) -> None:
@@ -79,8 +78,9 @@ def see_to_close(response: Any, listeners: Listeners) -> None:
     For a server that calls ``close()``. What is the response's own is seen to come to its end;
     in the place of Django's is the same, told who listens.
     """
-    how = getattr(response.close, "func", None)
-    if how is close_plainly or not closes_itself(response):
+    own = response.__dict__.get("close")
+    how = getattr(own, "func", None)
+    if response.__class__.close is _djangos_close and (own is None or how is close_plainly):
         response.close = partial(close_plainly, response, listeners)
     elif how is not close_response:  # which it is where it was served before
         response.close = partial(close_response, response, response.close)
@@ -88,10 +88,7 @@ def see_to_close(response: Any, listeners: Listeners) -> None:
 
 def close_plainly(response: Any, listeners: Listeners) -> None:
     """What Django's ``close()`` does, but that it looks for no listeners."""
-    try:  # noqa: SIM105 (suppress() is slower)
-        del response.close  # a cycle; and if it is called again, it is Django's
-    except AttributeError:  # as when two threads close it at once
-        pass
+    response.__dict__.pop("close", None)  # a cycle; and if it is called again, it is Django's
     close_resources(response)
     listeners.send(request_finished)
 
