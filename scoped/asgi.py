@@ -5,6 +5,7 @@ ends.
 """
 
 import logging
+from inspect import unwrap
 from io import BytesIO
 from typing import Any
 
@@ -72,13 +73,17 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
             body_file.close()
 
     async def read_body(self, receive: Receive) -> Any:
-        message = await receive()
         read = super().read_body
-        if message == _NO_BODY and getattr(read, "__func__", None) is _djangos_read_body:
+        if getattr(read, "__func__", None) is not _djangos_read_body:
+            return await read(receive)
+        message = await receive()
+        if message == _NO_BODY:
             # As of most. To make and close a temporary file, as Django does, takes a twenty-fifth
             # part of a small request.
             return BytesIO()
-        return await read(_once_more(message, receive))
+        receive = _once_more(message, receive)
+        del message
+        return await read(receive)
 
     def lend_thread(self) -> LentThread:
         """For the sync code of one request."""
@@ -91,7 +96,9 @@ class ScopedASGIHandler(ScopedHandler, ASGIHandler):
 
 connect_handler(ScopedASGIHandler)
 
-_djangos_read_body = ASGIHandler.read_body
+# Django's own, or what no handler has, where somebody had put another in its place before this.
+_found = unwrap(ASGIHandler.read_body)
+_djangos_read_body: object = _found if _found.__module__ == ASGIHandler.__module__ else object()
 
 # As servers put it.
 _NO_BODY = {"type": "http.request", "body": b"", "more_body": False}

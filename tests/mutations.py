@@ -53,7 +53,7 @@ MUTATIONS = [
     # The end of a request
     mutation(
         "the scope is not closed",
-        ("serving/exchange", "for rest in request_scope.begin_close():", "for rest in ():"),
+        ("serving/exchange", "if closing := request_scope.begin_close():", "if closing := ():"),
     ),
     mutation(
         "request_finished is not sent to async receivers",
@@ -1061,17 +1061,37 @@ MUTATIONS = [
         "whoever reads bodies in Django's place does not see the empty ones",
         (
             "asgi",
-            'if message == _NO_BODY and getattr(read, "__func__", None) is _djangos_read_body:',
-            "if message == _NO_BODY:",
+            'if getattr(read, "__func__", None) is not _djangos_read_body:',
+            "if False:",
         ),
     ),
     mutation(
         "a body ends where its first part is empty",
-        ("asgi", "if message == _NO_BODY and", 'if not message.get("body") and'),
+        ("asgi", "if message == _NO_BODY:", 'if not message.get("body"):'),
     ),
     mutation(
         "the sync code that waits for a request is not looked for",
         ("core/waits", "_beneath.get(None) is None:", "True:"),
+    ),
+    mutation(
+        "a request leaves its lifespan before it is told that it has closed",
+        (
+            "core/scope",
+            "        self._let_go(failure if self.failure is None else self.failure)\n"
+            "        if self.lifespan is None or self.lifespan.lets_go(self):\n"
+            "            return ()\n",
+            "        left = self.lifespan is None or self.lifespan.lets_go(self)\n"
+            "        self._let_go(failure if self.failure is None else self.failure)\n"
+            "        if left:\n            return ()\n",
+        ),
+    ),
+    mutation(
+        "what has been read of a body is kept to its end",
+        ("asgi", "        del message\n", ""),
+    ),
+    mutation(
+        "whoever had put another reading of bodies in Django's place is not asked",
+        ("asgi", "_found if _found.__module__ == ASGIHandler.__module__ else object()", "_found"),
     ),
     mutation(
         "a request leaves a lifespan at once that nobody holds",

@@ -8,14 +8,17 @@ import contextvars
 import functools
 import inspect
 import io
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import django
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, RequestAborted
 from django.core.handlers import base, exception
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.base import BaseHandler
@@ -35,6 +38,7 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.testing import AsyncClient, Client
 from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
+from tests.slowness import within
 from tests.views import Views
 
 log: list[object] = []
@@ -510,6 +514,78 @@ async def test_whoever_reads_bodies_in_djangos_place_reads_the_empty_ones_too(
     connection = Connection(handler(), "/look")
     await connection.start()
     assert (connection.body, log) == (b"", ["read"])
+
+
+async def test_whoever_bounds_the_reading_of_bodies_bounds_it_from_the_first_message_on(
+    monkeypatch,
+) -> None:
+    async def read_body(self, receive):
+        try:
+            async with asyncio.timeout(0.01):
+                await receive()
+        except TimeoutError:
+            raise RequestAborted from None
+
+    monkeypatch.setattr(ASGIHandler, "read_body", read_body)
+    connection = Connection(ScopedASGIHandler(), "/look", body=())
+    async with asyncio.timeout(within(10)):
+        await connection.start()
+    assert connection.sent == []
+
+
+@pytest.mark.parametrize("wraps", ["functools.wraps(djangos)", "lambda function: function"])
+def test_whoever_has_patched_the_reading_of_bodies_before_is_called_too(wraps) -> None:
+    program = f"""
+import asyncio, functools
+from django.conf import settings
+settings.configure(ROOT_URLCONF=(), ALLOWED_HOSTS=["*"])
+from django.core.handlers.asgi import ASGIHandler
+djangos = ASGIHandler.read_body
+
+@{wraps}
+async def read_body(self, receive):
+    print("read")
+    return await djangos(self, receive)
+
+ASGIHandler.read_body = read_body
+from scoped.asgi import get_asgi_application
+from tests.connection import Connection
+async def main():
+    connection = Connection(get_asgi_application())
+    await connection.start()
+    print(connection.status)
+asyncio.run(main())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stdout.split() == ["read", "404"], ended.stderr
+
+
+async def test_of_a_body_that_comes_slowly_nothing_is_kept_that_has_been_read() -> None:
+    class Part(dict):
+        """A message whose end can be seen."""
+
+    @view
+    async def look(request):
+        return HttpResponse(request.body)
+
+    connection = Connection(ScopedASGIHandler(), "/look", body=())
+    first = Part(type="http.request", body=b"first", more_body=True)
+    end = weakref.ref(first)
+    connection.messages.put_nowait(first)
+    del first
+    task = connection.start()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert connection.messages.empty()
+    connection.messages.put_nowait({"type": "http.request", "body": b"more", "more_body": True})
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert end() is None
+    connection.messages.put_nowait({"type": "http.request", "body": b"last", "more_body": False})
+    await task
+    assert connection.body == b"firstmorelast"
 
 
 @pytest.mark.parametrize(

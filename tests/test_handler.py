@@ -5,6 +5,7 @@ import contextvars
 import gc
 import logging
 import threading
+import traceback
 import weakref
 from contextlib import suppress
 
@@ -13,13 +14,14 @@ from asgiref.sync import async_to_sync, sync_to_async
 from asgiref.testing import ApplicationCommunicator
 from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import request_finished, request_started
-from django.http import HttpResponse, StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import override_settings
 from django.utils.decorators import sync_only_middleware
 
 from scoped import (
     NoScopeError,
     ScopeClosedError,
+    TeardownError,
     current_scope,
     lifespan_scope,
     lifespan_scoped,
@@ -28,6 +30,7 @@ from scoped import (
 )
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.core.current import scope_here
+from scoped.serving.exchange import Exchange
 from tests.connection import Connection
 from tests.views import Views
 
@@ -737,3 +740,27 @@ async def test_other_connections_are_refused_as_by_django():
 async def test_outside_any_scope_the_error_says_what_to_do():
     with pytest.raises(NoScopeError, match=r"async with request_scope\(\)"):
         await db()
+
+
+async def test_the_record_of_a_teardown_that_failed_shows_no_request(caplog):
+    """Whoever collects records, or reports errors with the locals of their frames, gets no more."""
+
+    @request_scoped
+    async def fragile():
+        yield
+        raise OSError("torn")
+
+    @view
+    async def uses(request):
+        await fragile()
+        return HttpResponse()
+
+    assert (await get("/uses")).status == 200
+    (record,) = caplog.records
+    assert isinstance(record.exc_info[1], TeardownError)
+    shown = [
+        value
+        for frame, _ in traceback.walk_tb(record.exc_info[2])
+        for value in frame.f_locals.values()
+    ]
+    assert not [value for value in shown if isinstance(value, Exchange | HttpRequest)]

@@ -285,6 +285,26 @@ async def test_what_a_released_ones_teardown_asks_for_is_asked_for_by_no_factory
     assert [line for line in listener.log if "audit" in line] == ["audit set up"]
 
 
+@pytest.mark.parametrize("uses", [True, False])
+async def test_a_lifespan_waits_for_who_hears_that_a_request_in_it_has_closed(uses: bool) -> None:
+    waited_for: list[str] = []
+
+    def hear(scope: Scope, **kwargs: Any) -> None:
+        if isinstance(scope, RequestScope):
+            waited_for.append(lifespan.in_use_by())
+
+    signals.scope_closed.connect(hear)
+    async with lifespan_scope():
+        async with request_scope() as scope:
+            assert scope.lifespan is not None
+            lifespan = scope.lifespan
+            if uses:
+                await db()
+        assert lifespan.in_use_by() == ""
+    signals.scope_closed.disconnect(hear)
+    assert waited_for == ["the request scope"]
+
+
 async def test_what_lives_until_the_response_is_part_of_its_request(listener: Listener) -> None:
     @request_scoped(until="response")
     async def transaction() -> AsyncIterator[None]:

@@ -198,14 +198,12 @@ class Scope(Books):
         # From now on nothing new is kept; so what is found after this, and not before it, is all.
         self.is_open = False
         self._state = "closing"
-        if (
-            self.records
-            or self.ending
-            or not (self.lifespan is None or self.lifespan.lets_go(self))
-        ):
+        if self.records or self.ending:
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
-        return ()
+        if self.lifespan is None or self.lifespan.lets_go(self):
+            return ()
+        return self._leave_lifespan([])
 
     def _close(self, failure: BaseException | None) -> Iterator[Awaitable[None]]:
         """What is to be awaited, one after the other, none of which raises; raises at its end."""
@@ -216,12 +214,18 @@ class Scope(Books):
         yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure  # no cycle of it and this frame
-        if not (self.lifespan is None or self.lifespan.lets_go(self)):
-            yield self._leave_lifespan(problems)
+        if self.lifespan is None or self.lifespan.lets_go(self):
+            if problems:
+                raise_all(self, problems)
+        else:
+            yield from self._leave_lifespan(problems)
+
+    def _leave_lifespan(self, problems: list[BaseException]) -> Iterator[Awaitable[None]]:
+        yield self._left_lifespan(problems)
         if problems:
             raise_all(self, problems)
 
-    async def _leave_lifespan(self, problems: list[BaseException]) -> None:
+    async def _left_lifespan(self, problems: list[BaseException]) -> None:
         try:
             await self._closed()
         except TeardownError as error:

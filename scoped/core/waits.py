@@ -54,7 +54,7 @@ def current_task() -> "asyncio.Task[Any] | None":
 
 # The ContextVar beneath that Local of asgiref's, as far as this is known: where nothing is in it, a
 # look at the Local makes an error, and a text for it, which takes a twentieth of a small request.
-_beneath = getattr(vars(AsyncToSync.executors).get("_storage"), "_data", None)
+_beneath = getattr(getattr(AsyncToSync.executors, "__dict__", {}).get("_storage"), "_data", None)
 
 
 def sync_parent() -> Executor | None:

@@ -4,7 +4,6 @@ of ``request_finished``.
 """
 
 import asyncio
-import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -36,7 +35,7 @@ from scoped.serving.ending import (
     in_place_of,
 )
 from scoped.serving.handler import page_in_thread
-from scoped.serving.receivers import TIDY, end_response, open_scope
+from scoped.serving.receivers import TIDY, end, end_response, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from scoped.asgi import ScopedASGIHandler
 
 __all__ = ["Exchange", "Message", "Receive", "Send"]
-
-logger = logging.getLogger("scoped")
 
 Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -306,13 +303,9 @@ class Exchange:
         # In reverse, so that what was opened first, as our scope, is closed last.
         for receiver in reversed(async_receivers):
             await self.attempt(self.call_async(receiver))
-        try:
-            for rest in request_scope.begin_close():
-                await rest
-        except TeardownError as error:
-            logger.error("%s", error, exc_info=error)  # the response has been sent
-        except BaseException as error:
-            self.problems.append(error)
+        if closing := request_scope.begin_close():
+            # Not in this frame, which whoever keeps the error that is logged would keep.
+            await self.attempt(end(closing))
         if own_close or self.needs_thread(sync_receivers):
             work = partial(self.call_sync, sync_receivers)
             what = f"A receiver of request_finished, or the response's close(), of {request_scope}"

@@ -38,6 +38,7 @@ __all__ = [
     "Listeners",
     "connect",
     "connect_handler",
+    "end",
     "end_response",
     "note_failure",
     "open_scope",
@@ -143,10 +144,10 @@ def open_scope(handler: type, scope: dict[str, Any]) -> RequestScope:
 
 
 async def close(scope: RequestScope) -> None:
-    await _end(scope.begin_close())
+    await end(scope.begin_close())
 
 
-async def _end(closing: Iterable[Awaitable[None]]) -> None:
+async def end(closing: Iterable[Awaitable[None]]) -> None:
     """The rest of closing a scope; what fails is logged, for the response has been sent."""
     try:
         for rest in closing:
@@ -197,7 +198,7 @@ def close_foreign(*, sender: Any, **kwargs: Any) -> None:
     scope.leave()
     if scope.sync_only or not scope.is_in_use:
         if closing := scope.begin_close():
-            run_without_loop(_end(closing))
+            run_without_loop(end(closing))
         return
     try:
         loop = asyncio.get_running_loop()
