@@ -54,12 +54,14 @@ def current_task() -> "asyncio.Task[Any] | None":
 
 # The ContextVar beneath that Local of asgiref's, as far as this is known: where nothing is in it, a
 # look at the Local makes an error, and a text for it, which takes a twentieth of a small request.
-_beneath = getattr(getattr(AsyncToSync.executors, "__dict__", {}).get("_storage"), "_data", None)
+_stored: Any = getattr(AsyncToSync.executors, "__dict__", {}).get("_storage")
+_beneath: Any = getattr(_stored, "_data", None)
+_is_known = type(_beneath) is ContextVar
 
 
 def sync_parent() -> Executor | None:
     """The executor of the sync code that waits for the code at hand, whose thread that is."""
-    if isinstance(_beneath, ContextVar) and _beneath.get(None) is None:
+    if _is_known and _beneath.get(None) is None:
         return None
     executor: Executor | None = getattr(AsyncToSync.executors, "current", None)
     return executor
