@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,6 +35,24 @@ async def settle() -> None:
     """Let every other task run until it waits for something."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+async def holder_that_waits(
+    request: Callable[[], Coroutine[Any, Any, None]],
+) -> "tuple[asyncio.Task[None], asyncio.Task[None]]":
+    """Who holds the lifespan no longer, and waits for a request in it; and that request."""
+    served: list[asyncio.Task[None]] = []
+
+    async def server() -> None:
+        async with lifespan_scope():
+            served.append(asyncio.create_task(request()))
+            await settle()
+
+    holder = asyncio.create_task(server())
+    await settle()
+    await settle()
+    assert not holder.done()
+    return holder, served[0]
 
 
 @pytest.fixture
@@ -692,16 +710,7 @@ class TestShutdown:
                 await pool()
                 await go_on.wait()
 
-        async def server() -> None:
-            async with lifespan_scope():
-                tasks.append(asyncio.create_task(request()))
-                await settle()
-
-        tasks: list[asyncio.Task[None]] = []
-        first = asyncio.create_task(server())
-        await settle()
-        await settle()
-        assert not first.done()
+        first, served = await holder_that_waits(request)
         async with lifespan_scope():
             first.cancel()
             go_on.set()
@@ -709,7 +718,7 @@ class TestShutdown:
                 await first
             assert log == []
         assert log == ["pool"]
-        await tasks[0]
+        await served
 
     async def test_who_waits_for_a_request_hears_of_its_end_though_another_holds_it_since(
         self,
@@ -720,18 +729,10 @@ class TestShutdown:
             async with request_scope():
                 await go_on.wait()
 
-        async def server() -> None:
-            async with lifespan_scope():
-                tasks.append(asyncio.create_task(request()))
-                await settle()
-
-        tasks: list[asyncio.Task[None]] = []
-        first = asyncio.create_task(server())
-        await settle()
-        await settle()
+        first, served = await holder_that_waits(request)
         async with lifespan_scope():
             go_on.set()
-            await tasks[0]
+            await served
             await settle()
             assert first.done()
 
