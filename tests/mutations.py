@@ -1078,12 +1078,33 @@ MUTATIONS = [
         (
             "core/scope",
             "        self._let_go(failure if self.failure is None else self.failure)\n"
-            "        if self.lifespan is None or self.lifespan.lets_go(self):\n"
+            "        if self.lifespan is None or (rest := self._closed()) is None:\n"
             "            return ()\n",
-            "        left = self.lifespan is None or self.lifespan.lets_go(self)\n"
+            "        rest = None if self.lifespan is None else self._closed()\n"
             "        self._let_go(failure if self.failure is None else self.failure)\n"
-            "        if left:\n            return ()\n",
+            "        if rest is None:\n"
+            "            return ()\n",
         ),
+    ),
+    mutation(
+        "what a lifespan failed with hides what the last of its requests did",
+        (
+            "core/scope",
+            "            yield self._end_of_lifespan(rest, problems)\n",
+            "            yield rest\n",
+        ),
+    ),
+    mutation(
+        "what a lifespan failed with is told apart from what its last request did",
+        (
+            "core/scope",
+            "            problems.extend(error.exceptions)\n",
+            "            problems.append(error)\n",
+        ),
+    ),
+    mutation(
+        "sync code that ends a request ends the lifespan of an event loop itself",
+        ("core/lifespan", "        if can_wait or self.loop is None:\n", "        if True:\n"),
     ),
     mutation(
         "what has been read of a body is kept to its end",
@@ -1094,20 +1115,16 @@ MUTATIONS = [
         ("asgi", "_found if _found.__module__ == ASGIHandler.__module__ else object()", "_found"),
     ),
     mutation(
-        "a request leaves a lifespan at once that nobody holds",
+        "whoever waits for a lifespan's requests is not told of the last",
         (
             "core/lifespan",
-            "            if not self._holders or self._idle",
-            "            if self._idle",
+            "                    self.in_loop(set_done, self._idle)\n",
+            "                    pass\n",
         ),
     ),
     mutation(
-        "whoever waits for a lifespan's requests is not told of the last",
-        ("core/lifespan", "self._idle is not None or request not in", "request not in"),
-    ),
-    mutation(
-        "a lifespan closes as if it were a request in itself",
-        ("core/lifespan", "is not None or request not in self._requests:", "is not None:"),
+        "the last request closes a lifespan that its holder is about to close",
+        ("core/lifespan", "            if self._idle is not None:  #", "            if False:  #"),
     ),
     mutation(
         "what a teardown asks for counts as asked for by a factory",

@@ -5,7 +5,7 @@ The lifespan: what lives as long as the server, one for each event loop.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from contextvars import Context, copy_context
 from types import TracebackType
@@ -186,42 +186,24 @@ class LifespanScope(Scope):
                 return True
             return False
 
-    def lets_go(self, request: Scope) -> bool:
-        """Whether a request has parted from it, as nobody had to wait for that: it is held."""
-        with _lock:
-            if not self._holders or self._idle is not None or request not in self._requests:
-                return False
-            self._requests.discard(request)
-            return True
-
-    def _part(self, request: Scope) -> bool:
-        """Whether the caller is to close it."""
+    def part(self, request: Scope, *, can_wait: bool) -> Coroutine[Any, Any, None] | None:
+        """
+        The request leaves. Returns what is to be awaited, if that is the end of the lifespan, too;
+        where its caller cannot wait, that of an event loop goes on by itself.
+        """
         with _lock:
             self._requests.discard(request)
-            if (idle := self._idle) is not None:
-                closes = False  # who waits does that
+            if self._idle is not None:  # then who waits for that closes it
                 if self._requests <= self._around:
-                    self.in_loop(set_done, idle)
-            else:
-                closes = not self._requests and self._claim()
-                if closes:
-                    _forget(self)
-        return closes
-
-    async def part(self, request: Scope, *, by_sync_code: bool) -> None:
-        if self._part(request):
-            if by_sync_code and self.loop is not None:
-                self.in_loop(self._close_later)
-            else:
-                await self.close()
-
-    def part_soon(self, request: Scope) -> None:
-        """For code that cannot wait for the end of it."""
-        if self._part(request):
-            if self.loop is None:
-                run_without_loop(self.close())
-            else:
-                self.in_loop(self._close_later)
+                    self.in_loop(set_done, self._idle)
+                return None
+            if self._requests or not self._claim():
+                return None
+            _forget(self)
+        if can_wait or self.loop is None:
+            return self.close()
+        self.in_loop(self._close_later)
+        return None
 
     def in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
         if running_loop() is self.loop:
@@ -239,7 +221,7 @@ class LifespanScope(Scope):
             self._holders += 1
         self._stay = Stay(self)
 
-    async def _closed(self) -> None:
+    def _closed(self) -> None:
         if self._stay is not None:
             self._stay.over()
         with _lock:

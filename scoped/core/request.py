@@ -131,16 +131,17 @@ class RequestScope(Scope):
                     lifespan.tell_of_opening()
                 # Since the look another thread may have closed the request, and not seen that.
                 if not self.is_open:
-                    lifespan.part_soon(self)
+                    if (rest := lifespan.part(self, can_wait=False)) is not None:
+                        run_without_loop(rest)
                     raise ScopeClosedError(resource, self)
             # Else it has gone since the look, and another thread was the last to use it.
             elif lifespans.get(self.loop) is lifespan:  # pragma: no branch (a thread's doing)
                 raise ScopeClosedError(resource, lifespan)  # the server shuts down
         return self.lifespan
 
-    async def _closed(self) -> None:
+    def _closed(self) -> Coroutine[Any, Any, None] | None:
         assert self.lifespan is not None
-        await self.lifespan.part(self, by_sync_code=self.sync_only or self.loop is None)
+        return self.lifespan.part(self, can_wait=self.loop is not None and not self.sync_only)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """As a decorator: a new scope for each call of a function or coroutine function."""

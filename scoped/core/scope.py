@@ -201,12 +201,12 @@ class Scope(Books):
         if self.records or self.ending:
             return self._close(failure)
         self._let_go(failure if self.failure is None else self.failure)
-        if self.lifespan is None or self.lifespan.lets_go(self):
+        if self.lifespan is None or (rest := self._closed()) is None:
             return ()
-        return self._leave_lifespan([])
+        return (self._end_of_lifespan(rest, []),)
 
     def _close(self, failure: BaseException | None) -> Iterator[Awaitable[None]]:
-        """What is to be awaited, one after the other, none of which raises; raises at its end."""
+        """What is to be awaited, one after the other; what fails is raised at its end."""
         if self.failure is None:
             self.failure = failure
         failure = self.failure
@@ -214,24 +214,21 @@ class Scope(Books):
         yield from end_all(self, LIFESPAN, failure, problems)
         self._let_go(failure)
         del failure  # no cycle of it and this frame
-        if self.lifespan is None or self.lifespan.lets_go(self):
-            if problems:
-                raise_all(self, problems)
-        else:
-            yield from self._leave_lifespan(problems)
-
-    def _leave_lifespan(self, problems: list[BaseException]) -> Iterator[Awaitable[None]]:
-        yield self._left_lifespan(problems)
-        if problems:
+        if self.lifespan is not None and (rest := self._closed()) is not None:
+            yield self._end_of_lifespan(rest, problems)
+        elif problems:
             raise_all(self, problems)
 
-    async def _left_lifespan(self, problems: list[BaseException]) -> None:
+    async def _end_of_lifespan(self, rest: Awaitable[None], problems: list[BaseException]) -> None:
+        """Which ends with this scope, its last: so their problems are raised as one."""
         try:
-            await self._closed()
+            await rest
         except TeardownError as error:
             problems.extend(error.exceptions)
         except BaseException as error:
             problems.append(error)
+        if problems:
+            raise_all(self, problems)
 
     async def stop(self, lifetime: Lifetime, problems: list[BaseException]) -> None:
         """Let set-ups, and what is being released, come to their end."""
@@ -277,8 +274,12 @@ class Scope(Books):
         """Who is known to use what it holds, though it closes; else the empty string."""
         return ""
 
-    async def _closed(self) -> None:
-        """What is left to do when nothing is held any more."""
+    def _closed(self) -> Awaitable[None] | None:
+        """
+        What is left to do when nothing is held any more: with its lifespan. Returns what is to be
+        awaited, if that is the end of another scope.
+        """
+        return None  # pragma: no cover (each kind of scope has its own)
 
     def give_up(self) -> "asyncio.Task[Any] | None":
         """Its lifespan does not wait any longer. Returns a task that it has cancelled."""
