@@ -24,7 +24,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("exits", "teardown", "first_use", "handler", "isolation", "lifespan", "asend"),
-        *("books", "until_response", "release", "wsgi"),
+        *("books", "until_response", "release", "wsgi", "long_stream"),
         *("factories", "keyed", "calls", "foreign_errors", "names", "errors"),
         *("threads", "many_threads", "every_await", "model"),
         *("background", "testing", "signals", "good_neighbour", "who_cancels", "bounds"),

@@ -487,6 +487,25 @@ def test_a_stream_that_the_server_gives_up_is_no_failure_and_is_closed():
     assert log == ["tenant set up", "stream closed", "tenant torn down"]
 
 
+def test_a_stream_that_something_else_takes_the_place_of_is_no_failure():
+    """As what is around the application may do, while the request goes on."""
+
+    @view
+    def streams(request):
+        def body():
+            while True:
+                yield tenant()
+
+        return StreamingHttpResponse(body())
+
+    body = ScopedWSGIHandler()(environ("/streams"), lambda status, headers: None)
+    next(iter(body))
+    body.streaming_content = [b"enough"]
+    assert list(body) == [b"enough"]
+    body.close()
+    assert log == ["tenant set up", "tenant torn down"]
+
+
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume asynchronous iterators")
 def test_the_factory_sees_what_an_async_stream_raised():
     @view
