@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from asgiref.sync import async_to_sync, sync_to_async
 
 import scoped
 from scoped import (
@@ -87,6 +88,21 @@ async def test_no_scope_error() -> None:
     assert caught_too.value.resource is None
 
 
+def test_no_scope_error_in_sync_code() -> None:
+    @request_scoped
+    def tenant() -> str:
+        return "tenant"
+
+    for used in (tenant, scoped.current_scope):
+        with pytest.raises(NoScopeError, match="no request scope is open") as caught:
+            used()
+        assert str(caught.value).endswith(
+            "open one with `with request_scope():`, or `async with` in async code."
+        )
+    with request_scope():
+        assert tenant() == "tenant"
+
+
 async def test_no_scope_error_in_a_thread_of_ones_own() -> None:
     @request_scoped
     def tenant() -> str:
@@ -99,9 +115,23 @@ async def test_no_scope_error_in_a_thread_of_ones_own() -> None:
             with pytest.raises(NoScopeError, match="no request scope is open") as caught:
                 nowhere.run(executor.submit, tenant).result()
             assert executor.submit(contextvars.copy_context().run, tenant).result() == "tenant"
-        assert r"This is the thread 'mine\n_0', and one that you start" in str(caught.value)
-        assert "use asyncio.to_thread() or sync_to_async()" in str(caught.value)
+        message = str(caught.value)
+        assert r"an executor of yours has started, as 'mine\n_0' may be, does not" in message
+        assert "use asyncio.to_thread() or sync_to_async(), or" in message
         assert await asyncio.to_thread(tenant) == "tenant"
+
+
+async def test_no_scope_error_of_an_async_resource_in_a_thread_of_ones_own() -> None:
+    """What helps sync resources there, would only lead to another error here."""
+    async with request_scope():
+        nowhere = contextvars.Context()
+        with ThreadPoolExecutor(1) as executor:
+            with pytest.raises(NoScopeError, match="no request scope is open") as caught:
+                nowhere.run(executor.submit, async_to_sync(db)).result()
+        message = str(caught.value)
+        assert "asyncio.to_thread" not in message
+        assert "run your sync code with sync_to_async(), in which async_to_sync()" in message
+        assert await sync_to_async(async_to_sync(db))() == "db"
 
 
 async def test_no_scope_error_of_a_lifespan_resource() -> None:

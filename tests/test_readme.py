@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text.strip() for language, text in BLOCKS if language == "sh"]
-NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# (\w+\.py)\n", text))]
+NAMED = [(match[1], text) for text in PYTHON if (match := re.match(r"# ([\w/]+\.py)\b", text))]
 # Two blocks of one name are one file.
 FILES = {name: "\n".join(text for other, text in NAMED if other == name) for name, _ in NAMED}
 INSTALL, SERVE, DEMO = SHELL
@@ -31,8 +31,9 @@ OTHERS = [text for text in PYTHON if text not in [text for _, text in NAMED]]
 def project(tmp_path):
     """The example's files, and what a project has besides."""
     for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with (tmp_path / "settings.py").open("a") as settings:
+    with (tmp_path / "mysite" / "settings.py").open("a") as settings:
         settings.write(
             'SECRET_KEY = "readme"\nALLOWED_HOSTS = ["*"]\nROOT_URLCONF = "urls"\n',
         )
@@ -44,12 +45,12 @@ def project(tmp_path):
 
 def test_the_example_serves_requests(project, postgres_url, redis_url):
     program, application, *options = shlex.split(SERVE)
-    assert (program, application) == ("uvicorn", "asgi:application")
+    assert (program, application) == ("uvicorn", "mysite.asgi:application")
     with uvicorn(
-        "asgi",
+        "mysite.asgi",
         *options,
         directory=project,
-        DJANGO_SETTINGS_MODULE="settings",
+        DJANGO_SETTINGS_MODULE="mysite.settings",
         DATABASE_URL=postgres_url,
         REDIS_URL=redis_url,
     ) as server:
@@ -94,7 +95,7 @@ async def test_plain_contextvars_with_the_ticket_s_pattern():
 
 
 def test_no_block_is_left_out():
-    assert set(FILES) == {"resources.py", "views.py", "asgi.py", "settings.py"}
+    assert set(FILES) == {"resources.py", "views.py", "mysite/asgi.py", "mysite/settings.py"}
     assert len(OTHERS) == 2
     assert INSTALL == "python -m pip install django-scoped"
     assert DEMO.endswith("python -m demo"), ".ci/run runs it as it stands"

@@ -46,22 +46,27 @@ class NoScopeError(ScopedError, LookupError):
     def __init__(self, resource: object = None, hint: str = "") -> None:
         self.resource = resource
         what = f"{resource} was used" if resource is not None else "current_scope() was called"
-        lifetime = _lifetime_of(resource)
-        which = "such" if hint else "lifespan" if lifetime == "lifespan" else "request"
-        super().__init__(f"{what} where no {which} scope is open. {hint or _remedy(lifetime)}")
+        lifespan = _lifetime_of(resource) == "lifespan"
+        which = "such" if hint else "lifespan" if lifespan else "request"
+        super().__init__(f"{what} where no {which} scope is open. {hint or _remedy(resource)}")
 
 
-def _remedy(lifetime: str) -> str:
+def _remedy(resource: object) -> str:
     serve = "scoped.asgi.get_asgi_application()"
-    if lifetime == "lifespan":
+    is_async = getattr(getattr(resource, "factory", None), "is_async", False)
+    is_of_lifespan = _lifetime_of(resource) == "lifespan"
+    scope = "lifespan_scope" if is_of_lifespan else "request_scope"
+    if is_async:
+        opening = f"`async with {scope}():`"
+    else:
+        opening = f"`with {scope}():`, or `async with` in async code"
+    if is_of_lifespan:
         return (
             f"A server opens the lifespan: serve the project with {serve}. Anywhere else (a "
-            "command, a script, a test): open it with `async with lifespan_scope():`, or with a "
-            "request scope, which has one."
+            f"command, a script, a test): open it with {opening}, or with a request scope, which "
+            "has one."
         )
-    anywhere_else = (
-        "Anywhere else (a command, a task, a test): open one with `async with request_scope():`."
-    )
+    anywhere_else = f"Anywhere else (a command, a task, a test): open one with {opening}."
     thread = threading.current_thread()
     if thread is threading.main_thread():
         return (
@@ -69,11 +74,21 @@ def _remedy(lifetime: str) -> str:
             "does not know of the request, as asyncio.run_coroutine_threadsafe() in a thread of "
             f"your own: start it in the request's own tasks. {anywhere_else}"
         )
+    if is_async:
+        way = (
+            "run your sync code with sync_to_async(), in which async_to_sync() leads back to the "
+            "request's event loop; or await it before, and hand on the value"
+        )
+    else:
+        way = (
+            "use asyncio.to_thread() or sync_to_async(), or let it run "
+            "`contextvars.copy_context().run`"
+        )
     return (
-        f"This is the thread {printable_repr(thread.name)}, and one that you start yourself, in an "
-        "executor too, does not know of the request: use asyncio.to_thread() or sync_to_async(), "
-        "or let it run `contextvars.copy_context().run`. In a request's own thread: serve the "
-        f"project with {serve}, or scoped.wsgi's. {anywhere_else}"
+        f'In a request: serve the project with {serve} or scoped.wsgi\'s, and list "scoped" in '
+        f"INSTALLED_APPS. A thread that you or an executor of yours has started, as "
+        f"{printable_repr(thread.name)} may be, does not know of the request: {way}. "
+        f"{anywhere_else}"
     )
 
 

@@ -118,7 +118,8 @@ class Scope(Books):
                 "its scope was opened by sync code, which has no event loop to keep it in",
                 "Open the scope with `async with request_scope():`; serve the project over ASGI, "
                 "`uvicorn project.asgi:application` say, for `manage.py runserver` is a WSGI "
-                "server; or give sync code a resource of its own with a plain `def`.",
+                "server; in a test, use scoped.testing.AsyncClient; or give sync code a resource "
+                "of its own with a plain `def`.",
             )
         loop = asyncio.get_running_loop()
         if self.loop is None:

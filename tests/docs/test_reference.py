@@ -1,6 +1,7 @@
 """The pages to look things up in say all that there is: names, settings, errors."""
 
 import asyncio
+import gc
 import importlib
 import inspect
 import re
@@ -67,6 +68,27 @@ def test_every_public_name_is_in_the_reference(module, name):
     entry = name if module == "scoped" else f"{module}.{name}"
     listed = re.findall(r"^\.\. auto\w+:: ([\w.]+)", read("reference.md"), re.MULTILINE)
     assert listed.count(entry) == 1
+
+
+def test_its_signatures_are_those_of_all_that_is_called():
+    shown = {}
+    for line in pages.blocks(pages.DOCS / "reference.md", "Reference", "text")[0].splitlines():
+        name, bracket, rest = line.partition("(")
+        shown[name] = bracket + rest
+    called = {}
+    for module, name in NAMES:
+        thing = getattr(importlib.import_module(module), name)
+        if inspect.isfunction(thing) or name in (
+            "lifespan_scope",
+            "override",
+            "AsyncClient",
+            "Client",
+        ):
+            signature = inspect.signature(thing)
+            bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+            entry = name if module == "scoped" else f"{module}.{name}"
+            called[entry] = str(inspect.Signature(bare))
+    assert shown == called
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES, ids=".".join)
@@ -139,6 +161,45 @@ def test_what_raises_it_and_what_does_not(name, project):
         run(module.wrong)
     assert type(raised.value) is getattr(scoped, name)
     run(module.right)
+
+
+ROWS = re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \| [^|]+ \|$", read("errors.md"), re.MULTILINE)
+
+
+def test_what_python_says_has_its_rows():
+    assert len(ROWS) == 8
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize(("written", "said"), ROWS)
+async def test_what_python_itself_says(written, said):
+    class Connection:
+        async def fetch(self): ...
+
+    names = {
+        "db": scoped.request_scoped(_factory(Connection())),
+        "tenant": scoped.request_scoped(lambda: "tenant"),
+        "pool": scoped.lifespan_scoped(_factory("pool")),
+    }
+
+    @scoped.request_scoped(keyed=True)
+    async def lock(name):
+        return name
+
+    names["lock"] = lock
+    exec(f"async def wrong():\n {written.strip('`')}", names)  # noqa: S102 (the page's)
+    async with scoped.request_scope():
+        with pytest.raises((AttributeError, TypeError)) as caught:
+            await names["wrong"]()
+    assert any(text in str(caught.value) for text in re.findall("`([^`]+)`", said))
+    gc.collect()
+
+
+def _factory(value):
+    async def factory():
+        return value
+
+    return factory
 
 
 def run(function):

@@ -142,6 +142,19 @@ class Reader:
                 answer = client.post("/", content=data, headers=form)
         return f"{answer.status_code}\n" if "--write-out" in options else answer.text
 
+    def test_with_pytest_django(self) -> None:
+        """As the page tells those who have it."""
+        tests, settings = self.folder / "test_guestbook.py", self.folder / "pytest.ini"
+        set_up = r"^os\.environ.*\ndjango\.setup.*\nsetup_test_environment\(\).*\n"
+        text, found = re.subn(set_up, "", tests.read_text(), flags=re.MULTILINE)
+        assert found == 1
+        tests.write_text(text)
+        line = "DJANGO_SETTINGS_MODULE = guestbook.settings"
+        assert f"add\n`{line}` to `pytest.ini`" in PAGE
+        settings.write_text(f"{settings.read_text()}{line}\n")
+        del self.environment["PYTEST_ADDOPTS"]
+        assert "2 passed" in self.run("python -m pytest --quiet")
+
     def stop(self) -> None:
         """As systemd does, or Ctrl-C: and it ends well, in its time."""
         if self.server is None:
@@ -183,6 +196,7 @@ def test_the_tutorial_can_be_followed_to_its_end(tmp_path, database, redis_url):
             reader.block(language, text)
             seen.add(language)
         reader.stop()
+        reader.test_with_pytest_django()
     finally:
         if reader.server is not None:
             os.killpg(reader.server.pid, signal.SIGKILL)

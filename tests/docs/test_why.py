@@ -85,11 +85,11 @@ async def test_a_connection_that_is_asked_for_and_one_that_is_handed_on(
         return HttpResponse()
 
     async def view(request):
-        await services.view(request)
-        return HttpResponse()
+        return await services.view(request) or HttpResponse()
 
     async with serve(path("", view), path("hidden", hidden)) as site:
-        assert (await site.get("/?user=2&name=Eve")).status == 200
+        assert (await site.post("/", user="2", name="Eve")).status == 200
+        assert (await site.get("/?user=2&name=Eve")).status == 405
         assert (await site.get("/hidden")).status == 200
     assert log == [("2", "Eve"), ("1", "Ada")]
     with pytest.raises(NoScopeError):
