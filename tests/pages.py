@@ -42,9 +42,8 @@ def files(page: Path, section: str) -> dict[str, str]:
     contents: dict[str, str] = {}
     for language, text in BLOCK.findall(sections(page)[section]):
         if language == "python":
-            name = re.match(
-                r"# (?:mysite/)?(\w+\.py)\n", text
-            )  # as the reader's project is laid out
+            # Below mysite/ in the project of who reads it.
+            name = re.match(r"# (?:mysite/)?(\w+\.py)\n", text)
             assert name, f"a block of {page} does not say which file it is: {text}"
             contents[name[1]] = contents.get(name[1], "") + text
     return contents

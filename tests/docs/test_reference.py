@@ -70,6 +70,9 @@ def test_every_public_name_is_in_the_reference(module, name):
     assert listed.count(entry) == 1
 
 
+CLASSES = ("lifespan_scope", "override", "AsyncClient", "Client")  # that users call
+
+
 def test_its_signatures_are_those_of_all_that_is_called():
     shown = {}
     for line in pages.blocks(pages.DOCS / "reference.md", "Reference", "text")[0].splitlines():
@@ -78,12 +81,7 @@ def test_its_signatures_are_those_of_all_that_is_called():
     called = {}
     for module, name in NAMES:
         thing = getattr(importlib.import_module(module), name)
-        if inspect.isfunction(thing) or name in (
-            "lifespan_scope",
-            "override",
-            "AsyncClient",
-            "Client",
-        ):
+        if inspect.isfunction(thing) or name in CLASSES:
             signature = inspect.signature(thing)
             bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
             entry = name if module == "scoped" else f"{module}.{name}"
