@@ -14,7 +14,7 @@ import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from pathlib import Path
 from urllib.error import HTTPError
 from weakref import ref
@@ -29,6 +29,7 @@ from django.core.exceptions import PermissionDenied
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.http import FileResponse, Http404, HttpResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from django.test import override_settings
 from django.urls import path
 
@@ -544,6 +545,131 @@ def test_an_async_stream_that_is_given_up_is_no_failure():
     response = ScopedWSGIHandler()(environ("/streams"), lambda status, headers: None)
     assert asyncio.run(first(response._iterator)) == b"tenant"
     response.close()
+    assert log == ["tenant set up", "tenant torn down"]
+
+
+# Several at once in one thread, as a server may take them that waits for its sockets
+
+
+@request_scoped
+def own():
+    name = current_scope().request.GET["name"]
+    with logs(name):
+        yield name
+
+
+def answer_to(name):
+    where = environ("/several", QUERY_STRING=f"name={name}")
+    return ScopedWSGIHandler()(where, lambda status, headers: None)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_whichever_response_is_closed_first_ends_its_own_request(first):
+    @view
+    def several(request):
+        own()
+        if request.GET["name"] == "two":
+            raise Http404
+        return HttpResponse()
+
+    responses = {name: answer_to(name) for name in ("one", "two")}
+    assert log == ["one set up", "two set up"]
+    log.clear()
+    last = ({*responses} - {first}).pop()
+    seen = {"one": "one torn down", "two": "two saw Http404"}
+    responses[first].close()
+    assert log == [seen[first]]
+    responses[last].close()
+    assert log == [seen[first], seen[last]]
+    assert current.get() is None
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume asynchronous iterators")
+def test_each_stream_sees_what_is_its_own_requests(is_async):
+    @view
+    def several(request):
+        def body():
+            for _ in range(2):
+                yield own()
+
+        async def body_async():
+            for _ in range(2):
+                yield own()
+
+        return StreamingHttpResponse(body_async() if is_async else body())
+
+    one, two = answer_to("one"), answer_to("two")
+    parts = iter(one), iter(two)
+    assert [next(parts[turn]) for turn in (0, 1, 0, 1)] == [b"one", b"two", b"one", b"two"]
+    one.close()
+    assert log == ["one set up", "two set up", "one torn down"]
+    two.close()
+    assert log[3:] == ["two torn down"]
+
+
+@pytest.mark.parametrize("has_its_own", [False, True])
+def test_a_response_may_be_closed_in_another_thread(has_its_own):
+    class Response(HttpResponse):
+        def close(self):
+            log.append(f"close() sees {own()}")
+            super().close()
+
+    @view
+    def several(request):
+        return (Response if has_its_own else HttpResponse)(own())
+
+    answer = Context().run(answer_to, "one")
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(answer.close).result()
+        assert executor.submit(current.get).result() is None
+    assert log == ["one set up", *["close() sees one"] * has_its_own, "one torn down"]
+
+
+def test_a_response_that_is_served_again_ends_the_request_that_it_then_answers():
+    class Response(HttpResponse):
+        def close(self):
+            log.append(f"close() sees {own()}")
+            super().close()
+
+    response = Response()
+
+    @view
+    def several(request):
+        own()
+        return response
+
+    for name in ("one", "two"):
+        answer = Context().run(answer_to, name)
+        Context().run(answer.close)
+        assert log == [f"{name} set up", f"close() sees {name}", f"{name} torn down"]
+        log.clear()
+
+
+class Parts(HttpResponseBase):
+    streaming = True
+
+    def __iter__(self):
+        yield from (b"a", b"b")
+
+
+class Lazy(StreamingHttpResponse):
+    @property
+    def streaming_content(self):
+        return iter((b"a", b"b"))
+
+    @streaming_content.setter
+    def streaming_content(self, value): ...
+
+
+@pytest.mark.parametrize("kind", [Parts, Lazy])
+def test_a_stream_of_a_class_of_its_own(kind):
+    @view
+    def own_class(request):
+        tenant()
+        return kind()
+
+    assert get("/own_class") == (200, b"ab")
     assert log == ["tenant set up", "tenant torn down"]
 
 

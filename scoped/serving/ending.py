@@ -9,7 +9,9 @@ from typing import Any
 from django.core.signals import request_finished
 from django.http.response import HttpResponseBase
 
+from scoped.core.current import as_current
 from scoped.core.names import printable_repr
+from scoped.core.request import RequestScope
 from scoped.serving.bounds import in_time
 from scoped.serving.receivers import Listeners
 
@@ -73,24 +75,32 @@ def closes_itself(response: Any) -> bool:
     return response.__class__.close is not _djangos_close or "close" in vars(response)
 
 
-def see_to_close(response: Any, listeners: Listeners) -> None:
+def see_to_close(response: Any, listeners: Listeners, scope: RequestScope) -> None:
     """
-    For a server that calls ``close()``. What is the response's own is seen to come to its end;
-    in the place of Django's is the same, told who listens.
+    For a server that calls ``close()``, where and when it likes. What is the response's own is
+    seen to come to its end; in the place of Django's is the same, told who listens.
     """
     own = response.__dict__.get("close")
     how = getattr(own, "func", None)
     if response.__class__.close is _djangos_close and (own is None or how is close_plainly):
-        response.close = partial(close_plainly, response, listeners)
-    elif how is not close_response:  # which it is where it was served before
-        response.close = partial(close_response, response, response.close)
+        response.close = partial(close_plainly, response, listeners, scope)
+        return
+    if how is _close_itself:  # it was served before
+        own = own.args[1]
+    response.close = partial(_close_itself, response, own or response.close, scope)
 
 
-def close_plainly(response: Any, listeners: Listeners) -> None:
+def close_plainly(response: Any, listeners: Listeners, scope: RequestScope) -> None:
     """What Django's ``close()`` does, but that it looks for no listeners."""
     response.__dict__.pop("close", None)  # a cycle; and if it is called again, it is Django's
-    close_resources(response)
-    listeners.send(request_finished)
+    with as_current(scope):
+        close_resources(response)
+        listeners.send(request_finished)
+
+
+def _close_itself(response: Any, own_close: Callable[[], None], scope: RequestScope) -> None:
+    with as_current(scope):
+        close_response(response, own_close)
 
 
 def close_response(response: Any, own_close: Callable[[], None]) -> None:

@@ -74,7 +74,7 @@ class ScopedHandler(BaseHandler):
             response = in_place_of(response, page)
         if response.streaming:
             watch_without_loop(response, scope)
-        see_to_close(response, self.listeners)
+        see_to_close(response, self.listeners, scope)
         return response
 
 

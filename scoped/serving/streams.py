@@ -10,6 +10,7 @@ from contextvars import Context, copy_context
 from time import perf_counter
 from typing import Any, ClassVar
 
+from scoped.core.current import as_current
 from scoped.core.inspect import picture
 from scoped.core.request import RequestScope
 
@@ -73,16 +74,26 @@ class LongStream:
 
 def watch_without_loop(response: Any, scope: RequestScope) -> None:
     """Have the scope see what the response's stream fails with, and whether it is a long one."""
+    if getattr(response, "_iterator", None) is None:
+        return  # a class of its own, which the server iterates in its own way
     watch = _parts_async if response.is_async else _parts
     # Not `streaming_content =`: of a file that the server sends in its own way, it would forget
     # that it is one.
     response._iterator = watch(response._iterator, response.make_bytes, scope)
 
 
+_END = object()
+
+
 def _parts(iterator: Iterator[Any], make_bytes: Any, scope: RequestScope) -> Iterator[bytes]:
     long_stream = LongStream(scope)
+    parts = iter(iterator)
     try:
-        for part in iterator:
+        while True:
+            with as_current(scope):  # a server may take the parts of several in turn
+                part = next(parts, _END)
+            if part is _END:
+                return
             yield make_bytes(part)
             long_stream.look_at_the_clock()
     except GeneratorExit:
@@ -95,8 +106,13 @@ def _parts(iterator: Iterator[Any], make_bytes: Any, scope: RequestScope) -> Ite
 async def _parts_async(
     iterator: AsyncIterator[Any], make_bytes: Any, scope: RequestScope
 ) -> AsyncIterator[bytes]:
+    parts = aiter(iterator)
     try:
-        async for part in iterator:
+        while True:
+            with as_current(scope):
+                part = await anext(parts, _END)
+            if part is _END:
+                return
             yield make_bytes(part)
     except GeneratorExit:
         raise
