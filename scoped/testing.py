@@ -13,7 +13,6 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, cast
 
-from asgiref.sync import SyncToAsync
 from django import test
 from django.core.handlers.base import reset_urlconf
 from django.core.signals import request_finished
@@ -23,7 +22,7 @@ from django.http.response import HttpResponseBase
 from django.test.client import ClientHandler
 
 from scoped.asgi import ScopedASGIHandler
-from scoped.core.current import current, scope_here
+from scoped.core.current import scope_here
 from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.override import override
@@ -31,7 +30,7 @@ from scoped.core.request import RequestScope
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Message
-from scoped.serving.handler import ScopedHandler
+from scoped.serving.handler import ScopedHandler, adopt
 from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
 from scoped.serving.threads import LentThread
 
@@ -147,21 +146,6 @@ def assert_no_leaks() -> Generator[None, None, None]:
             f"{len(left)} scope(s) still open. Read or close streams, await background tasks.\n"
             + "\n".join(lines)
         )
-
-
-# What belongs to the request's own task.
-_NOT_ADOPTED = {current, SyncToAsync.thread_sensitive_context, SyncToAsync.deadlock_context}
-
-
-def _adopt(context: Context) -> None:
-    """
-    Django's client serves the request in the task of the test, which so sees what the
-    request has set in ContextVars.
-    """
-    for variable, value in context.items():
-        if variable not in _NOT_ADOPTED and variable.get(_adopt) is not value:
-            variable.set(value)
-    reset_urlconf(None)  # as at the end of each request
 
 
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.
@@ -285,7 +269,9 @@ class _Conversation:
             await outlast(self.task)
             raise
         assert self.context is not None  # there is a response
-        _adopt(self.context)
+        # Django's client serves the request in the task of the test, which so sees what it sets.
+        adopt(self.context)
+        reset_urlconf(None)  # as at the end of each request
         return response
 
     async def converse(self) -> HttpResponseBase:

@@ -23,6 +23,7 @@ from django.core.handlers import base, exception
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.wsgi import WSGIHandler
+from django.core.signals import got_request_exception
 from django.db import close_old_connections
 from django.dispatch import Signal
 from django.http import Http404, HttpResponse
@@ -248,6 +249,53 @@ async def test_that_of_async_middleware_too():
         connection = await get("/plain")
     assert (connection.status, connection.body) == (404, b"True")
     assert log == ["Http404", "its thread"]
+
+
+said = contextvars.ContextVar("said", default=None)
+
+
+@async_only_middleware
+def says_what_was_said(get_response):
+    async def middleware(request):
+        response = await get_response(request)
+        response["Said"] = said.get()
+        return response
+
+    return middleware
+
+
+@pytest.mark.parametrize("where", ["/sync/sync_missing", "/async_missing", "/no/such/path"])
+async def test_what_an_error_page_sets_in_contextvars_is_seen_after_it(where, monkeypatch):
+    """As the language that it activates is, by LocaleMiddleware."""
+
+    def page(request, exception):
+        said.set("by the page")
+        return HttpResponse(status=404)
+
+    monkeypatch.setitem(globals(), "handler404", page)
+    with override_settings(MIDDLEWARE=[f"{__name__}.says_what_was_said"]):
+        connection = await get(where)
+    assert dict(connection.sent[0]["headers"])[b"Said"] == b"by the page"
+
+
+async def test_what_hears_of_an_exception_sets_contextvars_too():
+    """Under Django a sync receiver of got_request_exception is part of the request's Context."""
+
+    def notes(**kwargs):
+        said.set("by a receiver")
+
+    @view
+    async def async_fails(request):
+        raise ValueError
+
+    got_request_exception.connect(notes)
+    try:
+        with override_settings(MIDDLEWARE=[f"{__name__}.says_what_was_said"]):
+            connection = await get("/async_fails")
+    finally:
+        got_request_exception.disconnect(notes)
+    assert connection.status == 500
+    assert dict(connection.sent[0]["headers"])[b"Said"] == b"by a receiver"
 
 
 # Wrapped receivers

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import dataclasses
 import gc
 import logging
 import threading
@@ -31,8 +32,10 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler, get_asgi_application
 from scoped.core.current import scope_here
 from scoped.serving.exchange import Exchange
+from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
 from tests.views import Views
+from tests.wsgi_server import call
 
 marker = contextvars.ContextVar("marker", default="unset")
 log: list[str] = []
@@ -133,6 +136,90 @@ async def test_what_listens_to_request_started_finds_the_scope_open(connected, k
     with request_started.lock:
         request_started.receivers.insert(0, request_started.receivers.pop())
     assert (await get("/compares")).body == b"True"
+
+
+@pytest.mark.parametrize("how", ["the client goes", "a second body comes"])
+@pytest.mark.parametrize("kind", ["sync", "async", "both"])
+async def test_who_hears_of_a_requests_end_has_heard_of_its_start(connected, kind, how):
+    """A client that leaves at once does not cut short what counts the requests under way."""
+    heard, view_ran = [], []
+
+    def hears(signal, **kwargs):
+        heard.append(("sync", signal is request_started))
+
+    async def hears_async(signal, **kwargs):
+        for _ in range(5):
+            await asyncio.sleep(0)
+        heard.append(("async", signal is request_started))
+
+    kinds = {"sync": [hears], "async": [hears_async], "both": [hears, hears_async]}[kind]
+    for signal in (request_started, request_finished):
+        for receiver in kinds:
+            connected(signal, receiver)
+
+    @view
+    async def runs(request):
+        view_ran.append(request)
+        await asyncio.Event().wait()
+
+    connection = Connection(ScopedASGIHandler(), "/runs")
+    if how == "the client goes":
+        connection.disconnect()
+        await connection.run()
+    else:
+        connection.messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+        with pytest.raises(AssertionError, match="Invalid ASGI message"):
+            await connection.run()
+    assert sorted(heard) == sorted(
+        (name, at_start)
+        for name in ("sync", "async")
+        if kind in (name, "both")
+        for at_start in (True, False)
+    )
+    assert view_ran == []
+    assert connection.sent == []
+
+
+async def test_the_server_cuts_short_also_what_hears_of_a_requests_start(connected):
+    """As under Django."""
+    begun = asyncio.Event()
+
+    async def hangs(**kwargs):
+        begun.set()
+        await asyncio.Event().wait()
+
+    connected(request_started, hangs)
+    connection = Connection(ScopedASGIHandler(), "/plain")
+    task = connection.start()
+    await begun.wait()
+    connection.disconnect()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert connection.sent == []
+
+
+@dataclasses.dataclass
+class Counts:
+    """Has no hash, as dataclasses have none that are compared and not frozen."""
+
+    calls: int = 0
+
+    def __call__(self, **kwargs):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("signal", [request_started, request_finished])
+async def test_a_receiver_need_not_be_hashable(connected, signal):
+    counts = Counts()
+    connected(signal, counts)
+    assert (await get("/plain")).status == 200
+    assert counts.calls == 1
+    await sync_to_async(call)(ScopedWSGIHandler(), "/plain")
+    assert counts.calls == 2
 
 
 async def test_a_receiver_that_is_gone_is_not_kept_by_the_handler(connected):

@@ -35,7 +35,7 @@ from scoped.serving.ending import (
     in_place_of,
 )
 from scoped.serving.handler import page_in_thread
-from scoped.serving.receivers import TIDY, end, end_response, open_scope
+from scoped.serving.receivers import end, end_response, only_tidy, open_scope
 from scoped.serving.streams import LongStream
 from scoped.serving.threads import LentThread
 
@@ -69,6 +69,7 @@ class Exchange:
         self.client_gone = False
         self.sent = 0  # messages
         self.sent_last = False  # the response's last message is with the server
+        self.starting = False
         self.finishing = False
         self.stray: BaseException | None = None  # what a message that must not come led to
         self.problems: list[BaseException] = []  # raised after the request failed, or ended
@@ -105,9 +106,14 @@ class Exchange:
             # Servers report a completed exchange as a disconnect too: that is no failure.
             if not self.sent_last and not self.finishing:
                 self.client_gone = True
-                self.cut_off()
+                self.client_cuts_off()
         elif error is not None and not self.finishing:
             self.stray = error
+            self.client_cuts_off()
+
+    def client_cuts_off(self) -> None:
+        """Not before all have heard that it starts, as under Django: they hear of its end, too."""
+        if not self.starting:
             self.cut_off()
 
     def cut_off(self) -> None:
@@ -152,7 +158,7 @@ class Exchange:
     def receivers_at_start(self) -> tuple[list[Receiver], list[Receiver]]:
         """The sync and the async ones that are to be called before the request is answered."""
         sync_receivers, async_receivers = self.handler.receivers_of(request_started)
-        if self.thread is not None and _only_tidy(sync_receivers):
+        if self.thread is not None and only_tidy(sync_receivers):
             # They tidy the thread: so it is enough that they do when it is taken.
             self.thread.tidy = partial(self.tidy, sync_receivers, request_started)
             sync_receivers = []
@@ -160,10 +166,15 @@ class Exchange:
 
     async def start(self, sync_receivers: list[Receiver], async_receivers: list[Receiver]) -> None:
         sender, named = type(self.handler), {"scope": self.scope}
+        self.starting = True
         outcomes = await call_in_turn(
             sync_receivers, async_receivers, request_started, sender, named
         )
+        self.starting = False
         raise_first(error for _, _, error in outcomes)
+        if self.client_gone or self.stray is not None:  # meanwhile: nobody wants an answer
+            self.cancelled = True
+            raise asyncio.CancelledError
 
     def tidy(self, receivers: Iterable[Receiver], signal: Signal) -> None:
         """In the request's thread: call receivers which tidy it, late."""
@@ -333,7 +344,7 @@ class Exchange:
 
     def needs_thread(self, sync_receivers: list[Receiver]) -> bool:
         """Whether anything is left to do that must, or had better, be done in the thread."""
-        if self.thread is None or not _only_tidy(sync_receivers):
+        if self.thread is None or not only_tidy(sync_receivers):
             return True
         if self.thread.is_taken and not self.thread.can_be_tidied_later:
             return True
@@ -387,7 +398,3 @@ def _is_wrapped(create_task: Any) -> bool:
     if type(create_task) is MethodType:
         create_task = create_task.__func__  # a method makes an error of each name it does not know
     return hasattr(create_task, "__wrapped__")
-
-
-def _only_tidy(receivers: list[Receiver]) -> bool:
-    return TIDY.issuperset(receivers)

@@ -5,19 +5,20 @@ response is ended when it has passed the middleware.
 """
 
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from functools import partial, wraps
 from inspect import unwrap
 from types import CodeType
 from typing import Any, ClassVar
 
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import SyncToAsync, iscoroutinefunction
 from django.conf import settings
 from django.core.handlers import base as _djangos
 from django.core.handlers import exception
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import convert_exception_to_response
 
-from scoped.core.current import scope_here
+from scoped.core.current import current, scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop, run_without_loop
@@ -25,7 +26,7 @@ from scoped.serving.ending import close_resources, in_place_of, see_to_close
 from scoped.serving.receivers import Listeners, note_failure
 from scoped.serving.streams import watch_without_loop
 
-__all__ = ["ScopedHandler", "error_page", "page_in_thread", "scope_of"]
+__all__ = ["ScopedHandler", "adopt", "error_page", "page_in_thread", "scope_of"]
 
 
 class ScopedHandler(BaseHandler):
@@ -156,15 +157,29 @@ def error_page(request: Any, error: BaseException) -> Any:
 
 
 async def page_in_thread(request: Any, error: BaseException) -> Any:
-    """The same, made in the request's thread."""
-    pages: list[Any] = []
+    """The same, made in the request's thread; what it sets in ContextVars is seen here."""
+    made: list[tuple[Any, Context]] = []
     try:
         # Also where a sync view that was cancelled has left its executor behind in the Context.
-        await hop(partial(_add_page, pages, request, error))
+        await hop(partial(_make_page, made, request, error))
     finally:
         del error  # no cycle with this frame
-    return pages[0]
+    page, context = made[0]
+    adopt(context)
+    return page
 
 
-def _add_page(pages: list[Any], request: Any, error: BaseException) -> None:
-    pages.append(error_page(request, error))
+def _make_page(made: list[tuple[Any, Context]], request: Any, error: BaseException) -> None:
+    page = error_page(request, error)
+    made.append((page, copy_context()))
+
+
+# What belongs to the task that it is set in.
+_NOT_ADOPTED = {current, SyncToAsync.thread_sensitive_context, SyncToAsync.deadlock_context}
+
+
+def adopt(context: Context) -> None:
+    """Set here what has been set there, in a task of its own."""
+    for variable, value in context.items():
+        if variable not in _NOT_ADOPTED and variable.get(_NOT_ADOPTED) is not value:
+            variable.set(value)

@@ -34,13 +34,13 @@ from scoped.serving.caches import caches_have_to_be_closed
 from scoped.serving.threads import connection_made
 
 __all__ = [
-    "TIDY",
     "Listeners",
     "connect",
     "connect_handler",
     "end",
     "end_response",
     "note_failure",
+    "only_tidy",
     "open_scope",
     "tells_of_response",
 ]
@@ -227,9 +227,17 @@ def _name(method: str, path: str) -> str:
 
 # Of Django's and our own receivers: all that they do is to tidy the thread that they run in, or a
 # Context that ends with the request.
-TIDY: frozenset[Receiver] = frozenset(
+_TIDY: frozenset[Receiver] = frozenset(
     {reset_queries, close_old_connections, close_caches, reset_urlconf, open_foreign, close_foreign}
 )
+
+
+def only_tidy(receivers: Iterable[Receiver]) -> bool:
+    """Whether these are such, all of them."""
+    try:
+        return _TIDY.issuperset(receivers)
+    except Exception:  # somebody's own, that has no hash: an instance of a dataclass, say
+        return False
 
 
 class _Found(NamedTuple):
@@ -257,7 +265,7 @@ class Listeners:
             return found.receivers
         connected = list(signal.receivers)
         receivers = live_receivers(signal, self.sender)
-        if TIDY.issuperset(receivers[0]) and not receivers[1]:
+        if only_tidy(receivers[0]) and not receivers[1]:
             self.found[signal] = _Found(look_up, connected, receivers)
         return receivers
 
