@@ -60,7 +60,8 @@ def _of_its_runner(name: str, request: pytest.FixtureRequest) -> str:
     if "anyio_backend" in request.fixturenames:
         return f"_scoped_{name}_anyio"
     marker = request.node.get_closest_marker("asyncio")
-    if marker is None:
+    # It may be the mark of a whole module: pytest-asyncio makes items of its own of what is async.
+    if marker is None or not type(request.node).__module__.startswith("pytest_asyncio"):
         return f"_scoped_{name}_sync"
     loop_scope = marker.kwargs.get("loop_scope") or request.config.getini(
         "asyncio_default_test_loop_scope"

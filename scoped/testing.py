@@ -281,8 +281,7 @@ class _Conversation:
             raise RuntimeError("The handler has returned, and sent no response.")
         response: Any
         if not self.response.streaming or self.bodyless:
-            async for _ in self.parts():
-                pass
+            await self.read_to_the_end()
             response = _twin_of(self.response)
             if self.bodyless:
                 # The handler sends it, and servers drop it.
@@ -316,6 +315,17 @@ class _Conversation:
             if (cancellation := await outlast(self.task)) is not None:
                 raise cancellation
             self.task.result()
+
+    async def read_to_the_end(self) -> None:
+        """A stream that nobody is sent (of a HEAD, say) may have none: then the client hangs up."""
+        seconds = RequestScope.teardown_timeout if self.response.streaming else None
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                async for _ in self.parts():
+                    pass
+        except TimeoutError:
+            if not limit.expired():
+                raise
 
     async def parts_at_once(self) -> Iterator[bytes]:
         """

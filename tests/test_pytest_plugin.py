@@ -166,6 +166,11 @@ async def test_both_passes(request_scope, scoped_client):
     assert [one.name for one in inspect()].count("the lifespan") == 1
 
 
+@pytest.mark.filterwarnings("ignore:The test .* is marked with:pytest.PytestWarning")
+def test_sync_passes(scoped_client):  # in a module that a mark says to be async
+    assert scoped_client.get("/sync").content == b"sync"
+
+
 async def test_leak_passes_error(scoped_client):
     response = await scoped_client.get("/stream")
     test_leak_passes_error.response = response
@@ -288,6 +293,7 @@ def test_a_test_that_fails_reaches_the_factories(tmp_path, runner):
         "test_broken_error": {"ERROR"},
         "test_client_passes": {"PASSED"},
         "test_both_passes": {"PASSED"},
+        "test_sync_passes": {"PASSED"},
         "test_leak_passes_error": {"PASSED", "ERROR"},
         "test_leak_fails": {"FAILED"},
     }

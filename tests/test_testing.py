@@ -430,6 +430,29 @@ class TestAsyncClient:
                 await asyncio.sleep(0.001)
         assert "db saw CancelledError" in log
 
+    @pytest.mark.parametrize("is_endless", [False, True])
+    async def test_a_stream_that_nobody_is_sent_is_read_to_its_end_or_left(
+        self, is_endless: bool
+    ) -> None:
+        @view
+        async def events(request: HttpRequest) -> StreamingHttpResponse:
+            async def body() -> AsyncIterator[str]:
+                try:
+                    yield await db()
+                    if is_endless:
+                        await asyncio.Event().wait()
+                finally:
+                    log.append("the stream ends")
+
+            return StreamingHttpResponse(body())
+
+        with override_settings(SCOPED={"TEARDOWN_TIMEOUT": 0.05 if is_endless else 60}):
+            response = await AsyncClient().head("/events")
+        assert response.status_code == 200
+        assert b"".join(response.streaming_content) == b""
+        saw = ["db saw CancelledError"] * is_endless
+        assert log == ["+db", "+pool", "the stream ends", *saw, "-db"]
+
     async def test_many_at_once_have_a_scope_each(self) -> None:
         async with AsyncClient() as client:
             await asyncio.gather(*(client.get("/plain") for _ in range(5)))
