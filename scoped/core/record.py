@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from scoped.core.errors import CircularResourceError, set_traceback
-from scoped.core.waits import fork_safe_lock
+from scoped.core.waits import fork_safe_lock, set_done
 
 if TYPE_CHECKING:
     from scoped.core.place import Keeper, Thread
@@ -225,9 +225,4 @@ class LoopLatch(Latch):
 
     def wake(self, outcome: "Outcome | None") -> None:  # noqa: ARG002
         with suppress(RuntimeError):  # the event loop has ended
-            self.future.get_loop().call_soon_threadsafe(_set_done, self.future)
-
-
-def _set_done(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
+            self.future.get_loop().call_soon_threadsafe(set_done, self.future)

@@ -25,7 +25,6 @@ __all__ = [
     "running_loop",
     "set_done",
     "sync_parent",
-    "wake",
 ]
 
 logger = logging.getLogger("scoped")
@@ -83,7 +82,7 @@ async def outlast(
         while not future.done() and not time_is_up.done():
             # Not asyncio.wait(), which is several times as slow.
             woken = loop.create_future()
-            callback = partial(wake, woken)
+            callback = partial(set_done, woken)
             future.add_done_callback(callback)
             time_is_up.add_done_callback(callback)
             try:
@@ -98,12 +97,8 @@ async def outlast(
     return cancellation
 
 
-def wake(woken: "asyncio.Future[None]", _: object) -> None:
-    """For ``add_done_callback``, with what waits."""
-    set_done(woken)
-
-
-def set_done(future: "asyncio.Future[None]") -> None:
+def set_done(future: "asyncio.Future[None]", _: object = None) -> None:
+    """Also for ``add_done_callback``, which gives the other one that is done."""
     if not future.done():
         future.set_result(None)
 

@@ -7,7 +7,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-from scoped.core.waits import outlast, wake
+from scoped.core.waits import outlast, set_done
 from scoped.dispatch import raise_first
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ async def supervise(exchange: "Exchange", receive: "Receive") -> None:
         exchange.listen(receive)
     while not child.done():
         woken = child.get_loop().create_future()
-        callback = partial(wake, woken)
+        callback = partial(set_done, woken)
         child.add_done_callback(callback)
         try:
             await woken
