@@ -586,8 +586,8 @@ MUTATIONS = [
     mutation(
         "what a thread came to release too late is told of as being torn down for ever",
         (
-            "core/teardown",
-            "    if scope.ending is not None:  # another thread may have come to release it meanwhile\n        scope.told_of_end(record)\n",
+            "core/record",
+            "        if (ending := self.scope.ending) is not None:\n            ending.pop(self, None)\n",
             "",
         ),
     ),

@@ -17,8 +17,6 @@ the highest is torn down first.
 """
 
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from scoped.core.current import current
@@ -168,19 +166,15 @@ class Books:
     def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
         """
         As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
-        for what is in ``ending``, where it is from before the claim on, until ``told_of_end()``.
+        for what is in ``ending``, where it is from before the claim on, until it has gone.
         """
-        self.table_of_ending()[record] = released_by
+        ending = self.table_of_ending()
+        ending[record] = released_by
         if self.take(record):
             return True
-        if record.state == GONE:  # else whoever has taken it takes it out of there, in its time
-            self.told_of_end(record)
+        if record.state == GONE:  # else it goes from there when whoever has taken it is done
+            ending.pop(record, None)
         return False
-
-    def told_of_end(self, record: Record) -> None:
-        """Its teardown is over."""
-        if self.ending is not None:  # pragma: no branch (a fork takes it away)
-            self.ending.pop(record, None)
 
     def table_of_ending(self) -> dict[Record, Record | None]:
         if (ending := self.ending) is None:
@@ -188,15 +182,6 @@ class Books:
                 if (ending := self.ending) is None:  # pragma: no branch (another thread has, since)
                     ending = self.ending = {}
         return ending
-
-    @contextmanager
-    def ending_now(self, record: Record) -> Generator[None]:
-        """While it is being torn down: others wait for that, but not its own code."""
-        self.table_of_ending().setdefault(record, None)  # ``take_and_tell()`` may know more
-        try:
-            yield
-        finally:
-            self.told_of_end(record)
 
     def closed_error(self, resource: "Resource[Any]") -> ScopeClosedError:
         if not (self.has_responded and resource.lifetime is RESPONSE):

@@ -173,13 +173,12 @@ async def _refuse(record: Record) -> None:
     """What is complete only after the scope has begun to close is torn down at once."""
     scope = record.scope
     generator, record.generator = record.generator, None
-    with scope.ending_now(record):
-        try:
-            rest = generator and begin_finish(record, scope, generator, scope.failure)
-            if rest is not None:
-                await rest
-        except Exception as error:
-            scope.log(error)  # perhaps nobody waits any more to be told
+    try:
+        rest = generator and begin_finish(record, scope, generator, scope.failure)
+        if rest is not None:
+            await rest
+    except Exception as error:
+        scope.log(error)  # perhaps nobody waits any more to be told
     raise scope.closed_error(record.resource)
 
 
@@ -359,16 +358,15 @@ def _refuse_sync(record: Record) -> None:
     scope, place = record.scope, record.place
     generator, record.generator = record.generator, None
     finish = partial(record.resource.factory.finish, generator, scope.failure)
-    with scope.ending_now(record):
-        try:
-            if generator is None:
-                pass
-            elif not isinstance(place, Thread):
-                finish()
-            elif place.way is None:
-                place.context.run(finish)
-            else:
-                place.finish_in_thread(partial(place.context.run, finish)).result()
-        except Exception as error:
-            scope.log(error)
+    try:
+        if generator is None:
+            pass
+        elif not isinstance(place, Thread):
+            finish()
+        elif place.way is None:
+            place.context.run(finish)
+        else:
+            place.finish_in_thread(partial(place.context.run, finish)).result()
+    except Exception as error:
+        scope.log(error)
     raise scope.closed_error(record.resource)

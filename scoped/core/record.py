@@ -117,11 +117,16 @@ class Record:
                     waiter.set_result(outcome)
 
     def gone(self) -> None:
-        """Nothing is kept: the Context of a stray task may hold the record for ever."""
+        """
+        Told of no more as what is being torn down. Nothing is kept: the Context of a stray task
+        may hold the record for ever.
+        """
         self.state = GONE
         self.generator = self.place = self.uses = self.needs = None
         if self.waiters is not None:
             self.settle(None)
+        if (ending := self.scope.ending) is not None:
+            ending.pop(self, None)
 
     # Who asks for what
 

@@ -97,7 +97,6 @@ class _Release:
                     return
             if users and scope.take_and_tell(record := users.pop(), self.released_by):
                 yield record
-                scope.told_of_end(record)
             elif scope.is_open:
                 yield None
 

@@ -68,7 +68,7 @@ def begin_end(
         if outer is not None:
             _restore(record, outer)
         record.gone()
-        if began or scope.ending is not None:
+        if began:
             _tell(record, began, None, problems)
         return None
     return _end(record, rest, began, problems, outer)
@@ -86,18 +86,18 @@ async def _end(
     problems: list[BaseException],
     outer: "Scope | Record | None",
 ) -> None:
-    with record.scope.ending_now(record):
-        raised: BaseException | None = None
-        try:
-            await rest
-        except BaseException as error:
-            raised = error
-        finally:
-            if outer is not None:
-                _restore(record, outer)
-        record.gone()
-        _tell(record, began, raised, problems)
-        del raised
+    # Others wait for it, but not its own code. What has released it may be known.
+    record.scope.table_of_ending().setdefault(record, None)
+    raised: BaseException | None = None
+    try:
+        await rest
+    except BaseException as error:
+        raised = error
+    if outer is not None:
+        _restore(record, outer)
+    record.gone()
+    _tell(record, began, raised, problems)
+    del raised
 
 
 def _tell(
@@ -105,8 +105,6 @@ def _tell(
 ) -> None:
     """After it has gone."""
     resource, scope = record.resource, record.scope
-    if scope.ending is not None:  # another thread may have come to release it meanwhile
-        scope.told_of_end(record)
     if error is not None:
         if isinstance(error, Exception):
             note(error, f"while {resource} was torn down")
