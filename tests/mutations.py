@@ -318,9 +318,21 @@ MUTATIONS = [
         "whoever closes the scope tears a sync generator down",
         (
             "core/place",
-            "        if self.way is None and (record.scope.sync_only or self.ident == get_ident()):\n",
-            "        if self.way is None:\n",
+            "        if record.scope.sync_only or self.ident == get_ident():\n",
+            "        if self.way is None or record.scope.sync_only or self.ident == get_ident():\n",
         ),
+    ),
+    mutation(
+        "what a thread comes to tear down too late has no generator any more",
+        (
+            "core/place",
+            "            self.context.run(record.resource.factory.finish, generator, failure)\n",
+            "            self.context.run(record.resource.factory.finish, record.generator, failure)\n",
+        ),
+    ),
+    mutation(
+        "a thread waits for what it is itself to tear down",
+        ("core/place", "        elif self.ident == get_ident():\n", "        elif False:\n"),
     ),
     mutation(
         "a thread that hangs in a teardown is waited for",

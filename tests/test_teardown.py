@@ -27,6 +27,7 @@ from scoped import (
 )
 from scoped.core.scope import Scope
 from scoped.core.waits import run_without_loop
+from scoped.serving.threads import LentThread
 from tests.tables import what_is_kept
 
 
@@ -587,6 +588,36 @@ class TestAllOfIt:
             await settle()
         assert ("late" in caplog.text) is fails
 
+    @pytest.mark.usefixtures("short_patience")
+    async def test_a_thread_that_comes_to_it_too_late_tears_down_all_the_same(
+        self, log: list[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Promise 17: not whatever thread lets go of the generator."""
+        go_on, threads = threading.Event(), set[int]()
+
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            threads.add(threading.get_ident())
+            try:
+                yield "tenant"
+                log.append("well")
+            finally:
+                threads.add(threading.get_ident())
+
+        async with ThreadSensitiveContext():
+            with pytest.raises(TeardownError):
+                async with request_scope():
+                    await sync_to_async(tenant)()
+                    working = asyncio.create_task(sync_to_async(go_on.wait)(5))
+                    await settle()
+            assert log == []
+            go_on.set()
+            await working
+            await sync_to_async(lambda: None)()  # the thread has got so far
+        assert log == ["well"]
+        assert len(threads) == 1
+        assert caplog.text == ""
+
     async def test_what_waits_for_its_thread_is_torn_down_though_cancelled(
         self, log: list[str]
     ) -> None:
@@ -784,6 +815,31 @@ class TestAllOfIt:
         go_on.set()
         with pytest.raises(ScopeClosedError):
             await stray
+        assert log == ["settings"]
+
+    async def test_that_of_a_lifespan_in_the_thread_that_was_lent_for_it(
+        self, log: list[str]
+    ) -> None:
+        """Which does not wait for what it is itself to do."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            begun.set()
+            go_on.wait(5)
+            thread = threading.get_ident()
+            yield "settings"
+            assert threading.get_ident() == thread
+            log.append("settings")
+
+        with LentThread():  # as in a request
+            async with lifespan_scope():
+                stray = asyncio.create_task(sync_to_async(settings)())
+                await asyncio.to_thread(begun.wait, 5)
+            assert log == []
+            go_on.set()
+            with pytest.raises(ScopeClosedError):
+                await stray
         assert log == ["settings"]
 
     @pytest.mark.parametrize("fails", [False, True], ids=["well", "badly"])

@@ -6,7 +6,6 @@ task, it runs in a keeper. A sync factory runs in the thread that asks.
 """
 
 import asyncio
-from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -355,18 +354,12 @@ def _start(context: "Context", resource: "Resource[Any]") -> tuple[Any, Any]:
 
 
 def _refuse_sync(record: Record) -> None:
-    scope, place = record.scope, record.place
-    generator, record.generator = record.generator, None
-    finish = partial(record.resource.factory.finish, generator, scope.failure)
+    scope, generator = record.scope, record.generator
     try:
-        if generator is None:
-            pass
-        elif not isinstance(place, Thread):
-            finish()
-        elif place.way is None:
-            place.context.run(finish)
-        else:
-            place.finish_in_thread(partial(place.context.run, finish)).result()
+        if generator is not None and isinstance(record.place, Thread):
+            record.place.tear_down_now(record, scope.failure)
+        elif generator is not None:
+            record.resource.factory.finish(generator, scope.failure)
     except Exception as error:
         scope.log(error)
     raise scope.closed_error(record.resource)

@@ -154,24 +154,34 @@ class Thread:
     def tear_down(
         self, record: Record, failure: BaseException | None
     ) -> Coroutine[Any, Any, None] | None:
-        def finish_there() -> None:
-            # So that what its code asks for is known to be asked by it.
-            self.context.run(current.set, record)
-            self.context.run(record.resource.factory.finish, record.generator, failure)
-
-        if self.way is None and (record.scope.sync_only or self.ident == get_ident()):
-            finish_there()
+        if record.scope.sync_only or self.ident == get_ident():
+            self.tear_down_now(record, failure)
             return None
-        if self.way is not None and self.ident == get_ident():
+        return self.finish_from_loop(record, self.finish_of(record, failure))
+
+    def tear_down_now(self, record: Record, failure: BaseException | None) -> None:
+        """As ``tear_down()``, for sync code, which waits for all of it."""
+        finish_there = self.finish_of(record, failure)
+        if self.way is None:
+            finish_there()
+        elif self.ident == get_ident():
             try:
                 finish_there()
             finally:
                 self.way.let_go()
-            return None
-        if record.scope.sync_only:
+        else:
             self.finish_in_thread(finish_there).result()
-            return None
-        return self.finish_from_loop(record, finish_there)
+
+    def finish_of(self, record: Record, failure: BaseException | None) -> Callable[[], None]:
+        # The record has none any more where the thread is busy, and comes to it too late.
+        generator = record.generator
+
+        def finish_there() -> None:
+            # So that what its code asks for is known to be asked by it.
+            self.context.run(current.set, record)
+            self.context.run(record.resource.factory.finish, generator, failure)
+
+        return finish_there
 
     def finish_in_thread(self, finish_there: Callable[[], None]) -> "Future[None]":
         assert self.way is not None
