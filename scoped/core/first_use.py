@@ -171,11 +171,11 @@ async def set_up(
 async def _refuse(record: Record) -> None:
     """What is complete only after the scope has begun to close is torn down at once."""
     scope = record.scope
-    generator, record.generator = record.generator, None
     try:
-        rest = generator and begin_finish(record, scope, generator, scope.failure)
-        if rest is not None:
-            await rest
+        if record.generator is not None:
+            rest = begin_finish(record, scope.failure)
+            if rest is not None:
+                await rest
     except Exception as error:
         scope.log(error)  # perhaps nobody waits any more to be told
     raise scope.closed_error(record.resource)

@@ -28,15 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["Keeper", "OwnThread", "Thread", "Way", "begin_finish", "thread_here"]
 
 
-def begin_finish(
-    record: Record, scope: "Scope", generator: Any, failure: BaseException | None
-) -> Coroutine[Any, Any, None] | None:
+def begin_finish(record: Record, failure: BaseException | None) -> Coroutine[Any, Any, None] | None:
     """
     Begin to tear down, where the generator was started. Returns what is to be awaited
     for the rest, if that was not all.
     """
-    rest = record.resource.factory.finish(generator, failure)
-    return None if rest is None else finish_in_time(rest, record.resource, scope)
+    rest = record.resource.factory.finish(record.generator, failure)
+    return None if rest is None else finish_in_time(rest, record.resource, record.scope)
 
 
 class Keeper:
@@ -78,7 +76,7 @@ class Keeper:
             self.task.cancel()
 
     async def run(self, set_up: Callable[[Record], Awaitable[Any]]) -> None:
-        record, scope = self.record, self.record.scope
+        record = self.record
         self.task = asyncio.current_task()
         try:
             await set_up(record)
@@ -86,13 +84,10 @@ class Keeper:
             return  # told to those who wait
         if record.generator is None:
             return
-        failure = await self.wait_for_verdict(scope)
-        generator = record.generator
+        failure = await self.wait_for_verdict(record.scope)
         # So that what its code asks for, in child tasks too, is known to be asked by it.
         current.set(record)
-        rest = begin_finish(record, scope, generator, failure)
-        del generator
-        if rest is not None:
+        if (rest := begin_finish(record, failure)) is not None:
             await rest
 
     async def wait_for_verdict(self, scope: "Scope") -> BaseException | None:

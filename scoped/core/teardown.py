@@ -42,7 +42,7 @@ def begin_end(
     Begin to tear down a record that has been taken. Returns what is to be awaited for the rest,
     if that was not all. What it raises is added to the problems, a cancellation too.
     """
-    if (generator := record.generator) is None:
+    if record.generator is None:
         record.gone()
         return None
     scope = record.scope
@@ -57,7 +57,7 @@ def begin_end(
                 # So that what its code releases, in child tasks too, is known to be asked by it.
                 outer = current.get()
                 current.set(record)
-            rest = begin_finish(record, scope, generator, failure)
+            rest = begin_finish(record, failure)
     except BaseException as error:
         if outer is not None:
             _restore(record, outer)
