@@ -393,7 +393,7 @@ MUTATIONS = [
     ),
     mutation(
         "a teardown may hang",
-        ("core/deadline", "                teardown.expire()\n", "                pass\n"),
+        ("core/deadline", "                bound.expire()\n", "                pass\n"),
     ),
     mutation(
         "errors of teardowns are not raised",

@@ -1,13 +1,16 @@
 """
-A bound for teardowns. Most are over in one go and need none, so one is watched from when it
-first suspends.
+A bound for teardowns, and for what else of the project's runs at the end. Most teardowns are over
+in one go and need none, so one is watched from when it first suspends.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from scoped.core.errors import teardown_timed_out
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from scoped.core.resource import Resource
     from scoped.core.scope import Scope
 
-__all__ = ["finish_in_time", "warn_if_slow"]
+__all__ = ["Bound", "finish_in_time", "warn_if_slow"]
 
 logger = logging.getLogger("scoped")
 
@@ -26,75 +29,78 @@ def warn_if_slow(resource: object, scope: "Scope", seconds: float) -> None:
 
 
 async def finish_in_time(rest: Awaitable[None], resource: "Resource[Any]", scope: "Scope") -> None:
-    """
-    Await the rest of a teardown. Bounded by the scope's ``teardown_timeout``: then
-    cancelled, and cancelled again each time that it has taken as long once more.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    loop = task.get_loop()
-    watch, before = _watch_of(loop), task.cancelling()
-    began = loop.time()
-    watched = _Watched(task, resource, scope, began + scope.teardown_timeout)
-    watch.add(watched)
-    try:
+    """Await the rest of a teardown. Bounded by the scope's ``teardown_timeout``."""
+    text = "%s of %s is still being torn down after %g seconds: cancelling that."
+    began = perf_counter()
+    with Bound(scope.teardown_timeout, partial(logger.error, text, resource, scope)) as bound:
         await rest
-    except asyncio.CancelledError:
-        if not watched.overdue or task.cancelling() > before + watched.overdue:
-            raise  # somebody else's
-    finally:
-        del watch.teardowns[watched]
-        for _ in range(watched.overdue):
-            task.uncancel()
-    if watched.overdue:
+    if bound.overdue:
         raise teardown_timed_out(resource, scope.teardown_timeout, scope.in_use_by())
-    warn_if_slow(resource, scope, loop.time() - began)
+    warn_if_slow(resource, scope, perf_counter() - began)
 
 
-class _Watched:
-    """A teardown under way in a task."""
+class Bound:
+    """
+    Around what a task awaits: after so many seconds it is cancelled, and cancelled again each time
+    that it has taken as long once more. ``say`` is called before, with how many they are by then.
+    Such a cancellation is not raised: ``overdue`` counts them.
+    """
 
-    __slots__ = ("due", "overdue", "resource", "scope", "task")
+    __slots__ = ("before", "due", "overdue", "say", "seconds", "task", "watch")
 
-    def __init__(
-        self, task: "asyncio.Task[Any]", resource: "Resource[Any]", scope: "Scope", due: float
-    ) -> None:
+    def __init__(self, seconds: float, say: Callable[[float], None]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         self.task = task
-        self.resource = resource
-        self.scope = scope
-        self.due = due
+        self.watch = _watch_of(task.get_loop())
+        self.seconds = seconds
+        self.say = say
+        self.due = self.watch.loop.time() + seconds
+        self.before = task.cancelling()
         self.overdue = 0
 
+    def __enter__(self) -> Self:
+        self.watch.add(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        del self.watch.bounds[self]
+        overdue, cancelling = self.overdue, self.task.cancelling()
+        for _ in range(overdue):
+            self.task.uncancel()
+        # Else it is somebody else's.
+        is_ours = overdue > 0 and cancelling <= self.before + overdue
+        return is_ours and isinstance(exc, asyncio.CancelledError)
+
     def expire(self) -> None:
-        seconds = self.scope.teardown_timeout
         self.overdue += 1
-        self.due += seconds
-        logger.error(
-            "%s of %s is still being torn down after %g seconds: cancelling that.",
-            self.resource,
-            self.scope,
-            seconds * self.overdue,
-        )
+        self.due += self.seconds
+        self.say(self.seconds * self.overdue)
         self.task.cancel()
 
 
 class _Watch:
     """
-    Cancels those of an event loop's teardowns that take too long. One timer
-    serves them all: one for each would cost as much as a whole small scope.
+    Cancels what takes too long in an event loop. One timer serves all bounds: one for
+    each would cost as much as a whole small scope.
     """
 
-    __slots__ = ("loop", "teardowns", "timer")
+    __slots__ = ("bounds", "loop", "timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.teardowns: dict[_Watched, None] = {}
+        self.bounds: dict[Bound, None] = {}
         self.timer: asyncio.TimerHandle | None = None
 
-    def add(self, teardown: _Watched) -> None:
-        self.teardowns[teardown] = None
-        if self.timer is None or self.timer.when() > teardown.due:
-            self.set_timer(teardown.due)
+    def add(self, bound: Bound) -> None:
+        self.bounds[bound] = None
+        if self.timer is None or self.timer.when() > bound.due:
+            self.set_timer(bound.due)
 
     def set_timer(self, due: float) -> None:
         if self.timer is not None:
@@ -104,11 +110,11 @@ class _Watch:
 
     def look(self) -> None:
         self.timer, now = None, self.loop.time()
-        for teardown in list(self.teardowns):
-            if teardown.due <= now:
-                teardown.expire()
-        if self.teardowns:
-            self.set_timer(min(teardown.due for teardown in self.teardowns))
+        for bound in list(self.bounds):
+            if bound.due <= now:
+                bound.expire()
+        if self.bounds:
+            self.set_timer(min(bound.due for bound in self.bounds))
 
 
 _watches: dict[asyncio.AbstractEventLoop, _Watch] = {}

@@ -7,8 +7,10 @@ may, and holds nothing up for ever.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextvars import Context, copy_context
+from contextvars import copy_context
+from functools import partial
 
+from scoped.core.deadline import Bound
 from scoped.core.names import printable_repr
 from scoped.core.scope import Scope
 from scoped.core.waits import hop, outlast
@@ -24,31 +26,11 @@ async def in_time(step: Awaitable[None], what: str) -> None:
     Await it. After ``TEARDOWN_TIMEOUT`` seconds it is cancelled, and cancelled again each
     time that it has taken as long once more; then TimeoutError is raised.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    loop, seconds = task.get_loop(), Scope.teardown_timeout
-    before, overdue = task.cancelling(), 0
-
-    timer: asyncio.TimerHandle
-
-    def expire() -> None:
-        nonlocal overdue, timer
-        overdue += 1
-        logger.error("%s still runs after %g seconds: cancelling it.", what, seconds * overdue)
-        task.cancel()
-        timer = loop.call_later(seconds, expire, context=Context())
-
-    timer = loop.call_later(seconds, expire, context=Context())
-    try:
+    seconds = Scope.teardown_timeout
+    text = "%s still runs after %g seconds: cancelling it."
+    with Bound(seconds, partial(logger.error, text, what)) as bound:
         await step
-    except asyncio.CancelledError:
-        if not overdue or task.cancelling() > before + overdue:
-            raise  # somebody else's
-    finally:
-        timer.cancel()
-        for _ in range(overdue):
-            task.uncancel()
-    if overdue:
+    if bound.overdue:
         raise _too_long(what, seconds)
 
 
