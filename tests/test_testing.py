@@ -29,7 +29,6 @@ from scoped import (
     spawn,
 )
 from scoped.asgi import ScopedASGIHandler
-from scoped.core.first_use import get_sync
 from scoped.testing import AsyncClient, Client, assert_no_leaks, override
 from tests.connection import Connection
 from tests.views import Views
@@ -713,8 +712,8 @@ def test_a_sync_lifespan() -> None:
         assert log == ["+settings", "+tenant", "-tenant"]
         assert lifespan.is_open
     assert log == ["+settings", "+tenant", "-tenant", "-settings"]
-    with request_scope(), pytest.raises(ScopeClosedError):
-        get_sync(lifespan, settings_of_tenants.resource)
+    with pytest.raises(ScopeClosedError):
+        lifespan.begin(settings_of_tenants.resource, None)
 
 
 async def test_a_sync_lifespan_where_an_event_loop_runs_is_refused() -> None:

@@ -7,9 +7,8 @@ from threading import get_ident
 from typing import Any, cast
 
 from scoped.core import release as releases
-from scoped.core.current import current, scope_here
+from scoped.core.current import current
 from scoped.core.first_use import get, get_nowait, get_sync, set_up
-from scoped.core.lookup import scope_for
 from scoped.core.record import STARTING, Record
 from scoped.core.resource import LIFESPAN, REQUEST, Resource
 
@@ -41,7 +40,7 @@ def _first_use(resource: Resource[Any], here: Any) -> Coroutine[Any, Any, Any]:
         and (asker is None or asker.state == STARTING)
     ):
         return set_up(scope.begin_alone(resource, asker), asker)
-    return get(scope_for(resource), resource)
+    return get(resource)
 
 
 def async_access(resource: Resource[Any]) -> Any:
@@ -76,7 +75,7 @@ def async_access(resource: Resource[Any]) -> Any:
                 return lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await get(scope_for(resource), resource)
+        return await get(resource)
 
     async def of_lifespan_by_thread() -> Any:
         try:
@@ -85,14 +84,13 @@ def async_access(resource: Resource[Any]) -> Any:
                 return lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return await get(scope_for(resource), resource)
+        return await get(resource)
 
     def nowait() -> Any:
-        return get_nowait(scope_for(resource), resource)
+        return get_nowait(resource)
 
     async def release() -> None:
-        if (scope := scope_here()) is not None:
-            await releases.release(scope, resource)
+        await releases.release(resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource
@@ -116,18 +114,17 @@ def sync_access(resource: Resource[Any]) -> Any:
             return get_current().records[resource].value
         except (KeyError, AttributeError):
             pass
-        return get_sync(scope_for(resource), resource)
+        return get_sync(resource)
 
     def of_lifespan() -> Any:
         try:
             return get_current().lifespan.records[resource].value
         except (KeyError, AttributeError):
             pass
-        return get_sync(scope_for(resource), resource)
+        return get_sync(resource)
 
     def release() -> None:
-        if (scope := scope_here()) is not None:
-            releases.release_sync(scope, resource)
+        releases.release_sync(resource)
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource

@@ -19,6 +19,7 @@ from scoped.core.errors import (
     ScopedError,
     note,
 )
+from scoped.core.lookup import scope_for
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
 from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
 from scoped.core.resource import LIFESPAN
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from scoped.core.resource import Resource
-    from scoped.core.scope import Scope
 
 __all__ = ["get", "get_nowait", "get_sync", "set_up"]
 
@@ -37,9 +37,9 @@ __all__ = ["get", "get_nowait", "get_sync", "set_up"]
 _PATIENCE = 10.0
 
 
-async def get(scope: "Scope", resource: "Resource[Any]") -> Any:
+async def get(resource: "Resource[Any]") -> Any:
     """The value of an async resource, set up now if need be."""
-    asker = asker_here()
+    scope, asker = scope_for(resource), asker_here()
     while True:
         scope.check_loop(resource)
         record, is_new = scope.begin(resource, asker)
@@ -202,8 +202,9 @@ def _tell(
 # In sync code
 
 
-def get_nowait(scope: "Scope", resource: "Resource[Any]") -> Any:
+def get_nowait(resource: "Resource[Any]") -> Any:
     """The value of an async resource, for sync code, where it is set up already."""
+    scope = scope_for(resource)
     if scope.sync_only:
         scope.check_loop(resource)  # says that there is none
     try:
@@ -223,9 +224,9 @@ def get_nowait(scope: "Scope", resource: "Resource[Any]") -> Any:
     )
 
 
-def get_sync(scope: "Scope", resource: "Resource[Any]") -> Any:
+def get_sync(resource: "Resource[Any]") -> Any:
     """The value of a sync resource, set up now if need be, in this thread."""
-    asker = asker_here()
+    scope, asker = scope_for(resource), asker_here()
     while True:
         record, is_new = scope.begin(resource, asker)
         if is_new:

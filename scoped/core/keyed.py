@@ -3,9 +3,7 @@
 from typing import Any
 
 from scoped.core import release as releases
-from scoped.core.current import scope_here
 from scoped.core.first_use import get, get_nowait, get_sync
-from scoped.core.lookup import scope_for
 from scoped.core.resource import KeyedResource, Resource
 
 __all__ = ["keyed_async_access", "keyed_sync_access"]
@@ -13,17 +11,13 @@ __all__ = ["keyed_async_access", "keyed_sync_access"]
 
 def keyed_async_access(resource: Resource[Any]) -> Any:
     async def access(*key: Any) -> Any:
-        one = KeyedResource(resource, key)
-        return await get(scope_for(one), one)
+        return await get(KeyedResource(resource, key))
 
     def nowait(*key: Any) -> Any:
-        one = KeyedResource(resource, key)
-        return get_nowait(scope_for(one), one)
+        return get_nowait(KeyedResource(resource, key))
 
     async def release(*key: Any) -> None:
-        one = KeyedResource(resource, key)
-        if (scope := scope_here()) is not None:
-            await releases.release(scope, one)
+        await releases.release(KeyedResource(resource, key))
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource
@@ -36,13 +30,10 @@ def keyed_async_access(resource: Resource[Any]) -> Any:
 
 def keyed_sync_access(resource: Resource[Any]) -> Any:
     def access(*key: Any) -> Any:
-        one = KeyedResource(resource, key)
-        return get_sync(scope_for(one), one)
+        return get_sync(KeyedResource(resource, key))
 
     def release(*key: Any) -> None:
-        one = KeyedResource(resource, key)
-        if (scope := scope_here()) is not None:
-            releases.release_sync(scope, one)
+        releases.release_sync(KeyedResource(resource, key))
 
     def stand_in(other: Resource[Any]) -> None:
         nonlocal resource

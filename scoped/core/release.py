@@ -6,7 +6,7 @@ order of completion. What nothing in it has to do with stays.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from scoped.core.current import asker_here, current
+from scoped.core.current import asker_here, current, scope_here
 from scoped.core.errors import AsyncResourceError
 from scoped.core.record import ENDING, HELD, STARTING, Record
 from scoped.core.teardown import begin_end, raise_all, wait_for_others, wait_for_others_sync
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["release", "release_sync"]
 
 
-async def release(scope: "Scope", resource: "Resource[Any]") -> None:
+async def release(resource: "Resource[Any]") -> None:
     """
     Tear it down now, and before it what has used it. Raises as ``close()`` does,
     and AsyncResourceError where this is not the place: then nothing has changed.
     """
-    if not scope.is_open or not (resource in scope.records or scope.ending):
+    scope = scope_here()
+    if scope is None or not scope.is_open or not (resource in scope.records or scope.ending):
         return
     scope.check_loop(resource)
     # One at a time: what two of them find they might tear down in any order.
@@ -33,9 +34,10 @@ async def release(scope: "Scope", resource: "Resource[Any]") -> None:
         await _Release(wanted, in_loop=True).run()
 
 
-def release_sync(scope: "Scope", resource: "Resource[Any]") -> None:
+def release_sync(resource: "Resource[Any]") -> None:
     """As ``release()``, from sync code, for what is sync and was set up in this thread."""
-    if not scope.is_open or (wanted := _held(scope, resource)) is None:
+    scope = scope_here()
+    if scope is None or (wanted := _held(scope, resource)) is None:
         return
     if not wait_for_others_sync(scope, 0):
         raise AsyncResourceError(
