@@ -126,13 +126,16 @@ class LifespanScope(Scope):
     ) -> None:
         """
         Undo ``hold()``. The last one waits for the open requests, but for those ``around`` it,
-        and closes; where there are any around it, the last of them does.
+        and closes; where there are any around it, the last of them does. Sync code does not wait
+        for other threads' requests.
         """
         with _lock:
             self._holders -= 1
             if self._holders:
                 return
-        cancellation = await self._requests_ended(set(around))
+        cancellation = None
+        if self.loop is not None:
+            cancellation = await self._requests_ended(set(around))
         with _lock:
             # Else somebody has taken it over meanwhile.
             closes = not self._requests & set(around) and self._claim()
@@ -140,14 +143,6 @@ class LifespanScope(Scope):
             await self._end(failure)
         if cancellation is not None:
             raise cancellation
-
-    def drop_sync(self, failure: BaseException | None = None, around: Iterable[Scope] = ()) -> None:
-        """As ``drop()``, in sync code, which does not wait for other threads' requests."""
-        with _lock:
-            self._holders -= 1
-            closes = not self._requests & set(around) and self._claim()
-        if closes:
-            run_without_loop(self._end(failure))
 
     async def close_abandoned(self, failure: BaseException) -> None:
         self.owner = asyncio.current_task()
@@ -325,7 +320,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         traceback: TracebackType | None,
     ) -> None:
         scope, around = self._leave()
-        scope.drop_sync(exc, around)
+        run_without_loop(scope.drop(exc, around))
 
     def _hold(self) -> "LifespanScope":
         if self._scope is not None:
