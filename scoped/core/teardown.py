@@ -59,32 +59,23 @@ def begin_end(
                 current.set(record)
             rest = begin_finish(record, failure)
     except BaseException as error:
-        if outer is not None:
-            _restore(record, outer)
-        record.gone()
-        _tell(record, began, error, problems)
+        _over(record, began, outer, error, problems)
         return None
-    if rest is None:
-        if outer is not None:
-            _restore(record, outer)
-        record.gone()
-        if began:
-            _tell(record, began, None, problems)
-        return None
-    return _end(record, rest, began, problems, outer)
-
-
-def _restore(record: Record, outer: "Scope | Record") -> None:
-    if current.get() is record:
-        current.set(outer)
+    if rest is not None:
+        return _end(record, rest, began, outer, problems)
+    if outer is None and not began:
+        record.gone()  # as most do, so without a call more
+    else:
+        _over(record, began, outer, None, problems)
+    return None
 
 
 async def _end(
     record: Record,
     rest: Awaitable[None],
     began: float,
-    problems: list[BaseException],
     outer: "Scope | Record | None",
+    problems: list[BaseException],
 ) -> None:
     # Others wait for it, but not its own code. What has released it may be known.
     record.scope.table_of_ending().setdefault(record, None)
@@ -93,24 +84,26 @@ async def _end(
         await rest
     except BaseException as error:
         raised = error
-    if outer is not None:
-        _restore(record, outer)
-    record.gone()
-    _tell(record, began, raised, problems)
+    _over(record, began, outer, raised, problems)
     del raised
 
 
-def _tell(
-    record: Record, began: float, error: BaseException | None, problems: list[BaseException]
+def _over(
+    record: Record,
+    began: float,
+    outer: "Scope | Record | None",
+    error: BaseException | None,
+    problems: list[BaseException],
 ) -> None:
-    """After it has gone."""
-    resource, scope = record.resource, record.scope
+    if outer is not None and current.get() is record:
+        current.set(outer)
+    record.gone()
     if error is not None:
         if isinstance(error, Exception):
-            note(error, f"while {resource} was torn down")
+            note(error, f"while {record.resource} was torn down")
         problems.append(error)
     if began and (told := observer.observer) is not None:
-        told.resource_torn_down(resource, scope, perf_counter() - began, error)
+        told.resource_torn_down(record.resource, record.scope, perf_counter() - began, error)
 
 
 def end_all(
