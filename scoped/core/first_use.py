@@ -6,6 +6,7 @@ task, it runs in a keeper. A sync factory runs in the thread that asks.
 """
 
 import asyncio
+from functools import partial
 from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
         if is_new:
             record.place = keeper = Keeper(record)
             asked_by = None if asker is None else asker.resource
-            keeper.start(lambda new: set_up(new, None, asked_by), record.scope.context())
+            keeper.start(partial(set_up, record, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
             return None  # pragma: no cover (it has gone since begin(): a thread's doing)
         elif sync_parent() is not None:

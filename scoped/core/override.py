@@ -202,13 +202,13 @@ def _recipe(resource: Resource[Any], stand_in: Any) -> Resource[Any]:
 
 
 def _made_async(factory: Factory) -> Factory:
-    start, finish = factory.start, factory.finish
+    start = factory.start
 
     def start_async(*key: Any) -> tuple[Any, Awaitable[Any]]:
         generator, value = start(*key)
         return generator, _ready(value)
 
-    return replace(factory, is_async=True, start=start_async, finish=finish)
+    return replace(factory, is_async=True, start=start_async)
 
 
 async def _ready(value: Any) -> Any:

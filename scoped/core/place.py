@@ -53,11 +53,8 @@ class Keeper:
         )
         self.is_unwanted = False  # it has been cancelled, and is ending
 
-    def start(self, set_up: Callable[[Record], Awaitable[Any]], context: Context) -> None:
-        task = context.run(asyncio.create_task, self.run(set_up))
-        if task.done():  # an eager task factory has run it to its end
-            return
-        self.task = task
+    def start(self, set_up: Callable[[], Awaitable[Any]], context: Context) -> None:
+        self.task = task = context.run(asyncio.create_task, self.run(set_up))
         # Else the Context of the asker, a request's, would live as long as a lifespan's keeper.
         task.add_done_callback(self.ended, context=context)
 
@@ -75,11 +72,11 @@ class Keeper:
             self.is_unwanted = True
             self.task.cancel()
 
-    async def run(self, set_up: Callable[[Record], Awaitable[Any]]) -> None:
+    async def run(self, set_up: Callable[[], Awaitable[Any]]) -> None:
         record = self.record
-        self.task = asyncio.current_task()
+        self.task = asyncio.current_task()  # which start() does not know yet where it is eager
         try:
-            await set_up(record)
+            await set_up()
         except (Exception, asyncio.CancelledError):
             return  # told to those who wait
         if record.generator is None:
