@@ -750,8 +750,8 @@ MUTATIONS = [
         "a lifespan that somebody has taken over is closed by its last holder",
         (
             "core/lifespan",
-            "        if self._holders or not self.can_be_joined:\n            return False\n",
-            "        if not self.can_be_joined:\n            return False\n",
+            "        if self._holders or self._idle or",
+            "        if self._idle or",
         ),
     ),
     # Until the response
@@ -1187,13 +1187,25 @@ MUTATIONS = [
         "whoever waits for a lifespan's requests is not told of the last",
         (
             "core/lifespan",
-            "                    self.in_loop(set_done, self._idle)\n",
+            "                    self.in_loop(set_done, idle)\n",
             "                    pass\n",
         ),
     ),
     mutation(
+        "of two who wait for a lifespan's requests the first to wait is forgotten",
+        (
+            "core/lifespan",
+            "            self._idle[idle] = around\n        cancellation = await outlast(idle, seconds=self.shutdown_timeout)\n        with _lock:\n            del self._idle[idle]\n",
+            "            self._idle = {idle: around}\n        cancellation = await outlast(idle, seconds=self.shutdown_timeout)\n        with _lock:\n            self._idle = {}\n",
+        ),
+    ),
+    mutation(
+        "whose time is up gives up the requests for which another waits",
+        ("core/lifespan", "[] if self._holders or self._idle else", "[] if self._holders else"),
+    ),
+    mutation(
         "the last request closes a lifespan that its holder is about to close",
-        ("core/lifespan", "            if self._idle is not None:  #", "            if False:  #"),
+        ("core/lifespan", "if self._holders or self._idle or not", "if self._holders or not"),
     ),
     mutation(
         "what a teardown asks for counts as asked for by a factory",

@@ -736,6 +736,71 @@ class TestShutdown:
             await settle()
             assert first.done()
 
+    @pytest.mark.parametrize("cancelled", [None, 0, 1])
+    async def test_two_who_have_held_it_both_hear_of_its_last_requests_end_and_one_closes_it(
+        self, log: list[str], cancelled: int | None
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                await go_on.wait()
+
+        async def hold() -> None:
+            async with lifespan_scope():
+                pass
+
+        first, served = await holder_that_waits(request)
+        holders = [first, asyncio.create_task(hold())]
+        await settle()
+        assert not any(holder.done() for holder in holders)
+        if cancelled is not None:
+            holders[cancelled].cancel()
+            await settle()
+        assert log == []
+        go_on.set()
+        async with asyncio.timeout(within(5)):
+            await asyncio.wait(holders)
+        assert [holder.cancelled() for holder in holders] == [cancelled == 0, cancelled == 1]
+        assert log == ["pool"]
+        await served
+
+    async def test_whose_time_is_up_first_leaves_its_requests_to_who_waits_longer(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await pool()
+                await go_on.wait()
+
+        async def hold() -> None:
+            async with lifespan_scope():
+                pass
+
+        monkeypatch.setattr(LifespanScope, "shutdown_timeout", 0.05)
+        first, served = await holder_that_waits(request)
+        monkeypatch.setattr(LifespanScope, "shutdown_timeout", within(5))
+        second = asyncio.create_task(hold())
+        await first
+        assert (log, caplog.text, second.done()) == ([], "", False)
+        go_on.set()
+        await second
+        assert log == ["pool"]
+        await served
+
     async def test_what_a_request_has_used_is_no_reason_to_wait_for_it_once_it_has_ended(
         self,
     ) -> None:

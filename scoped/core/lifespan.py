@@ -48,7 +48,7 @@ class LifespanScope(Scope):
     """
 
     __slots__ = (
-        *("_around", "_base", "_holders", "_idle", "_is_claimed", "_requests", "_stay"),
+        *("_base", "_holders", "_idle", "_is_claimed", "_requests", "_stay"),
         "is_parents",
     )
 
@@ -61,9 +61,9 @@ class LifespanScope(Scope):
         self._requests: set[Scope] = set()
         self._is_claimed = False
         self._stay: Stay | None = None
-        # What its last holder waits for, and the requests around it, for which it does not wait.
-        self._idle: asyncio.Future[None] | None = None
-        self._around: set[Scope] = set()
+        # What each who has held it, and leaves, waits for; and the requests around that one, for
+        # which it does not wait.
+        self._idle: dict[asyncio.Future[None], set[Scope]] = {}
         self.is_parents = False  # that of the process which this one was forked from
         self.lifespan = self
         base.run(self._open, running_loop(), current_task())
@@ -115,8 +115,8 @@ class LifespanScope(Scope):
             return few(sorted(map(str, self._requests)))
 
     def _claim(self) -> bool:
-        """With the lock held."""
-        if self._holders or not self.can_be_joined:
+        """With the lock held. Where several wait for its requests, it is for the last of them."""
+        if self._holders or self._idle or not self.can_be_joined:
             return False
         self._is_claimed = True
         return True
@@ -157,12 +157,12 @@ class LifespanScope(Scope):
         with _lock:
             if self._requests <= around:
                 return None
-            self._around = around
-            self._idle = asyncio.get_running_loop().create_future()
-        cancellation = await outlast(self._idle, seconds=self.shutdown_timeout)
+            idle = asyncio.get_running_loop().create_future()
+            self._idle[idle] = around
+        cancellation = await outlast(idle, seconds=self.shutdown_timeout)
         with _lock:
-            self._idle, self._around = None, set()
-            left = [] if self._holders else list(self._requests - around)
+            del self._idle[idle]
+            left = [] if self._holders or self._idle else list(self._requests - around)
         if left:
             logger.error(
                 "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
@@ -188,10 +188,9 @@ class LifespanScope(Scope):
         """
         with _lock:
             self._requests.discard(request)
-            if self._idle is not None:  # then who waits for that closes it
-                if self._requests <= self._around:
-                    self.in_loop(set_done, self._idle)
-                return None
+            for idle, around in self._idle.items():
+                if self._requests <= around:
+                    self.in_loop(set_done, idle)
             if self._requests or not self._claim():
                 return None
             _forget(self)
