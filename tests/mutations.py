@@ -754,6 +754,42 @@ MUTATIONS = [
             "        if self._idle or",
         ),
     ),
+    mutation(
+        "a request scope that a lifespan's factory holds is waited for",
+        (
+            "core/request",
+            "            if (mine := self._of_whose_factory()) is not None:\n                self.lifespan = mine\n                return\n",
+            "",
+        ),
+    ),
+    mutation(
+        "a scope in a scope that a lifespan's factory holds is waited for",
+        (
+            "core/request",
+            "            around = around.scope.around\n        return None\n",
+            "            return None\n        return None\n",
+        ),
+    ),
+    mutation(
+        "what is opened as an implied lifespan ends has another",
+        (
+            "core/request",
+            "            if (mine := self._of_whose_factory()) is not None:  #",
+            "            if (mine := None) is not None:  #",
+        ),
+    ),
+    mutation(
+        "what is opened as a resource ends knows nothing around it",
+        ("core/record", "self.scope.is_open or self.state == ENDING", "self.scope.is_open"),
+    ),
+    mutation(
+        "a task that a lifespan's resource has left running is not waited for",
+        ("core/request", "around.state in (STARTING, ENDING)", "True"),
+    ),
+    mutation(
+        "a background task that a lifespan's factory starts is a part of its set-up",
+        ("serving/background", "        current.set(None)\n", ""),
+    ),
     # Until the response
     mutation(
         "nothing ends with the response",

@@ -69,6 +69,27 @@ async def db() -> AsyncIterator[object]:
         log.append("-db")
 
 
+async def test_one_that_a_lifespans_factory_starts_is_waited_for_as_any_other() -> None:
+    go_on = asyncio.Event()
+
+    async def work() -> None:
+        await go_on.wait()
+        log.append("work")
+
+    @lifespan_scoped
+    async def worker() -> AsyncIterator[None]:
+        async with request_scope():
+            spawn(work())
+        spawn(work())
+        yield
+        log.append("-worker")
+
+    async with lifespan_scope():
+        await worker()
+        asyncio.get_running_loop().call_later(0.01, go_on.set)
+    assert log == ["work", "work", "-worker"]
+
+
 async def test_it_outlives_the_request_with_a_scope_of_its_own() -> None:
     go_on = asyncio.Event()
     seen = {}

@@ -887,6 +887,137 @@ class TestShutdown:
         assert log == ["settings"]
 
 
+class TestRequestScopesOfItsFactories:
+    """Promises 13, 16 and 21: who waits for them would wait for the teardown that comes after."""
+
+    @pytest.fixture(autouse=True)
+    def nobody_waits_in_vain(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> Iterator[None]:
+        monkeypatch.setattr(LifespanScope, "shutdown_timeout", within(2))
+        yield
+        assert caplog.text == ""
+
+    @staticmethod
+    def resources(log: list[str]) -> Any:
+        """A lifespan resource that holds a request's, which uses the lifespan's to its end."""
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @request_scoped
+        async def db() -> AsyncIterator[str]:
+            yield await pool()
+            log.append(f"-db, with the {await pool()}")
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[str]:
+            async with request_scope():  # nobody asks for anything in this one
+                async with request_scope():
+                    yield await db()
+            log.append("-worker")
+
+        return worker
+
+    async def test_one_across_its_yield_is_not_waited_for(self, log: list[str]) -> None:
+        worker = self.resources(log)
+        async with lifespan_scope():
+            await worker()
+        assert log == ["+pool", "-db, with the pool", "-worker", "-pool"]
+
+    async def test_and_does_not_keep_an_implied_one_open(self, log: list[str]) -> None:
+        worker = self.resources(log)
+        async with request_scope():
+            await worker()
+        assert log == ["+pool", "-db, with the pool", "-worker", "-pool"]
+        assert lifespans.lifespans == {}
+
+    async def test_another_request_is_waited_for_beside_it(self, log: list[str]) -> None:
+        worker, go_on = self.resources(log), asyncio.Event()
+
+        async def request() -> None:
+            async with request_scope():
+                await worker()
+                await go_on.wait()
+                log.append("request")
+
+        holder, served = await holder_that_waits(request)
+        go_on.set()
+        await asyncio.gather(holder, served)
+        assert log == ["+pool", "request", "-db, with the pool", "-worker", "-pool"]
+
+    @pytest.mark.parametrize("is_held", [True, False])
+    def test_in_sync_code_too(self, log: list[str], is_held: bool) -> None:
+        @request_scoped
+        def tenant() -> Iterator[str]:
+            yield "tenant"
+            log.append("tenant")
+
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            with request_scope():
+                yield tenant()
+            log.append("settings")
+
+        with lifespan_scope() if is_held else request_scope():
+            assert settings() == "tenant"
+        assert log == ["tenant", "settings"]
+        assert lifespans.lifespans == {}
+
+    @pytest.mark.parametrize("is_held", [True, False])
+    async def test_what_it_opens_as_it_ends_uses_the_same_lifespan(
+        self, log: list[str], is_held: bool
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @request_scoped
+        async def db() -> str:
+            return await pool()
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[None]:
+            await pool()
+            yield
+            async with request_scope():
+                log.append(f"the last of the work, with the {await db()}")
+
+        async with lifespan_scope() if is_held else request_scope():
+            await worker()
+        assert log == ["+pool", "the last of the work, with the pool", "-pool"]
+
+    async def test_one_of_a_task_that_it_has_started_is_waited_for(self, log: list[str]) -> None:
+        go_on = asyncio.Event()
+
+        async def work() -> None:
+            async with request_scope():
+                await go_on.wait()
+                log.append("work")
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[None]:
+            task = asyncio.create_task(work())
+            yield
+            log.append("worker")
+            await task
+
+        async def request() -> None:
+            async with request_scope():
+                await worker()
+
+        holder, served = await holder_that_waits(request)
+        assert served.done()
+        go_on.set()
+        await holder
+        assert log == ["work", "worker"]
+
+
 class TestEager:
     def test_in_sync_code_what_is_sync_is_set_up_and_the_rest_is_not(self, log: list[str]) -> None:
         @lifespan_scoped(eager=True)

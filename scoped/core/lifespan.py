@@ -187,7 +187,7 @@ class LifespanScope(Scope):
         where its caller cannot wait, that of an event loop goes on by itself.
         """
         with _lock:
-            self._requests.discard(request)
+            self._requests.discard(request)  # one that its own factory has opened is not there
             for idle, around in self._idle.items():
                 if self._requests <= around:
                     self.in_loop(set_done, idle)

@@ -89,7 +89,8 @@ class Record:
 
     @property
     def is_open(self) -> bool:
-        return self.scope.is_open
+        """Whether its factory's code may be at work: also while its scope closes."""
+        return self.scope.is_open or self.state == ENDING
 
     # Who waits
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from asgiref.sync import AsyncToSync
 
-from scoped.core.current import scope_here
+from scoped.core.current import current, scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope, ServedScope
@@ -36,8 +36,10 @@ class _BackgroundScope(RequestScope):
         self.served = around is not None and around.served
         self.go: asyncio.Future[None] | None = None  # to wait for before it begins
         self.task: asyncio.Task[None] | None = None
+        # What is around it is not to be current again, nor kept; and where that is a factory of the
+        # lifespan's, it is no part of its set-up.
+        current.set(None)
         self.open()
-        self.around = None  # it is not to be current again, nor kept
 
     def give_up(self) -> "asyncio.Task[Any] | None":
         assert self.task is not None
