@@ -607,7 +607,7 @@ MUTATIONS = [
         "a task that shares a Context is taken for a part of the set-up there",
         (
             "core/first_use",
-            "            if not _is_of_another_task(asker):\n",
+            "            if not _is_of_another_task(blocked):\n",
             "            if True:\n",
         ),
     ),
@@ -641,6 +641,54 @@ MUTATIONS = [
             "core/first_use",
             "            record.place.cancel()  # nobody wants",
             "            pass  # nobody wants",
+        ),
+    ),
+    mutation(
+        "what is set up in a scope that a factory has opened is in no circle",
+        (
+            "core/first_use",
+            "    elif scope.around is not None and record.place is None:\n        blocked = _set_up_around()\n",
+            "",
+        ),
+    ),
+    mutation(
+        "who waits in a scope that a factory has opened is in no circle",
+        (
+            "core/first_use",
+            "    blocked = asker or _set_up_around()\n    if blocked is not None:\n        try",
+            "    blocked = asker\n    if blocked is not None:\n        try",
+        ),
+    ),
+    mutation(
+        "what sync code sets up in a scope that a factory has opened is in no circle",
+        (
+            "core/first_use",
+            "    if asker is None and scope.around is not None:\n",
+            "    if False:\n",
+        ),
+    ),
+    mutation(
+        "a thread that waits in a scope that a factory has opened is in no circle",
+        (
+            "core/first_use",
+            "    blocked = asker or _set_up_around()\n    if blocked is not None:\n        blocked",
+            "    blocked = asker\n    if blocked is not None:\n        blocked",
+        ),
+    ),
+    mutation(
+        "a scope in a scope that a factory has opened is in no circle",
+        (
+            "core/first_use",
+            "    while around is not None and not isinstance",
+            "    while False and not isinstance",
+        ),
+    ),
+    mutation(
+        "a task that a factory has started is a part of it in a scope of its own too",
+        (
+            "core/first_use",
+            "    return around if scope.owner in (None, _task_of(around)) else None\n",
+            "    return around\n",
         ),
     ),
     mutation(
@@ -1524,7 +1572,7 @@ MUTATIONS = [
         (
             "core/first_use",
             "        asked_by = asker.resource\n",
-            "",
+            "        pass\n",
         ),
     ),
 ]

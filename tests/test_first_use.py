@@ -28,6 +28,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import first_use
+from tests.slowness import within
 from tests.tables import under_way, what_is_kept
 
 
@@ -873,6 +874,69 @@ class TestCirclesAreErrors:
             current = contextvars.copy_context()
             with pytest.raises(AsyncResourceError, match="in this very thread"):
                 odd()
+
+    @pytest.mark.parametrize("is_child", [False, True])
+    @pytest.mark.parametrize("depth", [0, 1, 2])
+    async def test_through_scopes_that_factories_open(self, depth: int, is_child: bool) -> None:
+        async def ask(access: Callable[[], Coroutine[Any, Any, object]]) -> object:
+            return await (asyncio.create_task(access()) if is_child else access())
+
+        @lifespan_scoped
+        async def pool() -> object:
+            async with request_scope(), request_scope():
+                return await ask([pool, db, tenant][depth])
+
+        @request_scoped
+        async def db() -> object:
+            return await ask(pool)
+
+        @request_scoped
+        async def tenant() -> object:
+            async with request_scope():
+                return await ask(db)
+
+        circle = [[pool], [db, pool], [db, pool, tenant]][depth]
+        async with lifespan_scope(), asyncio.timeout(within(5)):
+            with pytest.raises(CircularResourceError) as caught:
+                await pool()
+        assert caught.value.circle == tuple(one.resource for one in [*circle, circle[0]])
+
+    @pytest.mark.parametrize("is_direct", [True, False])
+    def test_through_scopes_that_sync_factories_open(self, is_direct: bool) -> None:
+        @lifespan_scoped
+        def settings() -> object:
+            with request_scope():
+                return settings() if is_direct else tenant()
+
+        @request_scoped
+        def tenant() -> object:
+            return settings()
+
+        with lifespan_scope(), pytest.raises(CircularResourceError):
+            settings()
+
+    async def test_a_task_with_a_scope_of_its_own_may_wait_for_who_has_started_it(self) -> None:
+        """A worker, say, whose work uses it: its factory does not wait for that."""
+        asked = asyncio.Event()
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[list[asyncio.Task[object]]]:
+            tasks = [asyncio.create_task(work())]
+            await asked.wait()
+            yield tasks
+
+        @request_scoped
+        async def job() -> object:
+            asked.set()
+            return await worker()
+
+        async def work() -> object:
+            async with request_scope():
+                return await job()
+
+        async with lifespan_scope(), asyncio.timeout(within(5)):
+            tasks = await worker()
+            assert await tasks[0] is tasks
 
     async def test_the_diamond_is_no_circle(self) -> None:
         log: list[str] = []

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from scoped.core import observer
-from scoped.core.current import asker_here, current
+from scoped.core.current import asker_here, current, scope_here
 from scoped.core.errors import (
     AsyncResourceError,
     CircularResourceError,
@@ -72,13 +72,14 @@ def _is_for(outcome: Outcome, record: Record, is_new: bool) -> bool:
 async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome | None:
     """Wait for its set-up, which is handed to a keeper where it is new. Returns its outcome."""
     waiter: asyncio.Future[Outcome | None] = asyncio.get_running_loop().create_future()
-    if asker is not None:
+    blocked = asker or _set_up_around()
+    if blocked is not None:
         try:
-            asker.need(record, waiter)
+            blocked.need(record, waiter)
         except CircularResourceError:
-            if not _is_of_another_task(asker):
+            if not _is_of_another_task(blocked):
                 raise
-            asker = None  # it only shares the Context, and so is no part of that set-up
+            asker = blocked = None  # it only shares the Context, and so is no part of that set-up
     timer: asyncio.TimerHandle | None = None
     record.wait(waiter)
     try:
@@ -95,8 +96,8 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
     finally:
         assert record.waiters is not None
         record.waiters.pop(waiter, None)
-        if asker is not None:
-            asker.got(waiter)
+        if blocked is not None:
+            blocked.got(waiter)
         if timer is not None:
             timer.cancel()
         if not record.waiters and record.state == STARTING and isinstance(record.place, Keeper):
@@ -116,13 +117,35 @@ def _give_up(record: Record, waiter: "asyncio.Future[Any]") -> None:
         waiter.set_result(Outcome(None, error))
 
 
+def _set_up_around() -> Record | None:
+    """
+    The set-up that waits for the code at hand, though that is not asked by it: its factory has
+    opened the scope that is current.
+    """
+    scope = scope_here()
+    around = None if scope is None else scope.around
+    while around is not None and not isinstance(around, Record):
+        around = around.around
+    if around is None or around.state != STARTING:
+        return None
+    # A task that it has started may have a scope of its own, for which it need not wait.
+    assert scope is not None
+    return around if scope.owner in (None, _task_of(around)) else None
+
+
+def _task_of(record: Record) -> "asyncio.Task[Any] | None":
+    """Which runs its factory."""
+    place = record.place
+    return place.task if isinstance(place, Keeper) else record.scope.owner
+
+
 def _is_of_another_task(asker: Record) -> bool:
     """
     Two tasks may share one Context (``create_task(context=...)``). Then what one's factory
     has left in the ContextVar says nothing of the other.
     """
     task = asyncio.current_task()
-    keeper = asker.place.task if isinstance(asker.place, Keeper) else asker.scope.owner
+    keeper = _task_of(asker)
     contexts = [getattr(one, "get_context", lambda: None)() for one in (task, keeper)]
     return task is not keeper and contexts[0] is not None and contexts[0] is contexts[1]
 
@@ -137,9 +160,13 @@ async def set_up(
     scope = record.scope
     began = 0.0 if observer.observer is None else perf_counter()
     outer = current.get()
+    blocked = asker
     if asker is not None:
-        asker.need(record, record)
         asked_by = asker.resource
+    elif scope.around is not None and record.place is None:
+        blocked = _set_up_around()
+    if blocked is not None:
+        blocked.need(record, record)
     current.set(record)
     try:
         generator, coming = record.resource.start()
@@ -161,8 +188,8 @@ async def set_up(
         finally:
             del error
     finally:
-        if asker is not None:
-            asker.got(record)
+        if blocked is not None:
+            blocked.got(record)
     current.set(outer)  # which its factory may have set: to a scope that it holds, say
     if began:
         _tell(record, began, None, asked_by)
@@ -250,8 +277,9 @@ def get_sync(resource: "Resource[Any]") -> Any:
 
 def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
     latch = Latch()
-    if asker is not None:
-        asker.need(record, latch)
+    blocked = asker or _set_up_around()
+    if blocked is not None:
+        blocked.need(record, latch)
     record.wait(latch)
     # Elsewhere a thread may wait for as long as it takes; not where the set-up may need this one.
     is_bound = running_loop() is not None or _is_in_this_thread(record)
@@ -273,8 +301,8 @@ def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
     finally:
         assert record.waiters is not None
         record.waiters.pop(latch, None)
-        if asker is not None:
-            asker.got(latch)
+        if blocked is not None:
+            blocked.got(latch)
 
 
 def _is_in_this_thread(record: Record) -> bool:
@@ -293,8 +321,11 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         record.place = Thread(context)
     began = 0.0 if observer.observer is None else perf_counter()
     outer = current.get()
-    if asker is not None:
-        asker.need(record, record)
+    blocked = asker
+    if asker is None and scope.around is not None:
+        blocked = _set_up_around()
+    if blocked is not None:
+        blocked.need(record, record)
     try:
         if context is None:
             current.set(record)
@@ -313,8 +344,8 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
     finally:
         if context is None:
             current.set(outer)
-        if asker is not None:
-            asker.got(record)
+        if blocked is not None:
+            blocked.got(record)
     if began:
         _tell(record, began, None, None if asker is None else asker.resource)
     return value
