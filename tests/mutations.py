@@ -774,7 +774,7 @@ MUTATIONS = [
         "a lifespan that is joined inside a request, be it by sync code, is closed under it",
         (
             "core/lifespan",
-            "            closes = not self._requests & set(around) and self._claim()\n",
+            "            closes = not self._open_requests() & set(around) and self._claim()\n",
             "            closes = self._claim()\n",
         ),
     ),
@@ -837,6 +837,50 @@ MUTATIONS = [
     mutation(
         "a background task that a lifespan's factory starts is a part of its set-up",
         ("serving/background", "        current.set(None)\n", ""),
+    ),
+    mutation(
+        "a lifespan keeps requests that are never closed",
+        (
+            "core/lifespan",
+            "[id(request)] = ref(request, self._lost)\n",
+            "[id(request)] = lambda: request\n",
+        ),
+    ),
+    mutation(
+        "a request that is collected counts as open",
+        (
+            "core/lifespan",
+            "                    self._requests.pop(address, None)\n",
+            "                    pass\n",
+        ),
+    ),
+    mutation(
+        "who waits for a lifespan's requests is not told of one that is collected",
+        (
+            "core/lifespan",
+            "            with suppress(RuntimeError):  # the event loop has ended\n                self._tell_of_end()\n",
+            "",
+        ),
+    ),
+    mutation(
+        "a server's request keeps all before it that were never closed",
+        (
+            "serving/receivers",
+            "        if self.served and isinstance(here, _ForeignScope) and here.served:\n",
+            "        if False:\n",
+        ),
+    ),
+    mutation(
+        "after a server's request the one before it, which is open still, is not current",
+        (
+            "serving/receivers",
+            "        if was_here and before is not None and before.is_open:\n",
+            "        if False:\n",
+        ),
+    ),
+    mutation(
+        "a server's request that is to be closed yet is not kept",
+        ("serving/receivers", "        if opened.served:  #", "        if False:  #"),
     ),
     # Until the response
     mutation(
@@ -1271,8 +1315,8 @@ MUTATIONS = [
         "whoever waits for a lifespan's requests is not told of the last",
         (
             "core/lifespan",
-            "                    self.in_loop(set_done, idle)\n",
-            "                    pass\n",
+            "            if self._idle:\n                self._tell_of_end()\n",
+            "",
         ),
     ),
     mutation(

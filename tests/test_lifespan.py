@@ -801,6 +801,40 @@ class TestShutdown:
         assert log == ["pool"]
         await served
 
+    async def test_nobody_waits_for_a_request_that_is_never_closed_once_it_is_collected(
+        self,
+    ) -> None:
+        go_on = asyncio.Event()
+
+        async def request() -> None:
+            RequestScope("a request").open()
+            await go_on.wait()
+            scopes.current.set(None)
+
+        holder, served = await holder_that_waits(request)
+        go_on.set()
+        await served
+        gc.collect()
+        async with asyncio.timeout(within(5)):
+            await holder
+
+    def test_after_such_a_one_the_next_to_end_closes_an_implied_lifespan(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        def settings() -> Iterator[object]:
+            yield object()
+            log.append("settings")
+
+        RequestScope("a request").open(sync_only=True)
+        value = settings()
+        scopes.current.set(None)
+        gc.collect()
+        with request_scope():
+            assert settings() is value
+            assert log == []
+        assert log == ["settings"]
+
     async def test_what_a_request_has_used_is_no_reason_to_wait_for_it_once_it_has_ended(
         self,
     ) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import Context, copy_context
@@ -902,6 +903,63 @@ def test_a_request_inside_a_request():
         "inner ended",
         *("boundary torn down", "tenant torn down"),
     ]
+
+
+@pytest.mark.parametrize("handler", [ScopedWSGIHandler, WSGIHandler])
+def test_what_the_server_never_closes_is_collected_and_says_so(handler):
+    """Against PEP 3333. The next request in that thread has a Context where it is current still."""
+    values = []
+
+    class Value:
+        pass
+
+    @request_scoped
+    def value():
+        registry()
+        value = Value()
+        values.append(ref(value))
+        yield value
+
+    @view
+    def uses_value(request):
+        value()
+        return HttpResponse()
+
+    def serve(application):
+        for _ in range(4):
+            list(application(environ("/uses_value"), lambda *_: None))
+        gc.collect()
+        assert [one() is None for one in values] == [True, True, True, False]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        copy_context().run(serve, handler())
+        gc.collect()
+    assert [one() for one in values] == [None] * 4
+    told = [str(one.message) for one in caught if one.category is ResourceWarning]
+    assert len(told) == 4
+    assert "the request GET /uses_value was never closed" in told[0]
+
+
+@pytest.mark.parametrize("handler", [ScopedWSGIHandler, WSGIHandler])
+def test_one_that_is_closed_after_the_next_has_ended_is_kept_until_then(handler):
+    def serve():
+        application = handler()
+        mine = environ("/uses_tenant")  # as a middleware may call twice with one
+        late = [application(mine, lambda *_: None) for _ in range(2)]
+        assert call(application, "/uses_tenant") == ("200 OK", b"tenant")
+        gc.collect()
+        assert log == [*["tenant set up"] * 3, "tenant torn down"]
+        while late:
+            late.pop().close()
+        assert current.get() is None
+
+    @view
+    def uses_tenant(request):
+        return HttpResponse(tenant())
+
+    copy_context().run(serve)
+    assert log[4:] == ["tenant torn down"] * 2
 
 
 def test_a_subclass_ends_its_responses_too():

@@ -10,6 +10,7 @@ from contextlib import suppress
 from contextvars import Context, copy_context
 from types import TracebackType
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 from scoped.core.current import current
 from scoped.core.names import few
@@ -58,7 +59,8 @@ class LifespanScope(Scope):
         super().__init__("the lifespan")
         self._base = base
         self._holders = 0
-        self._requests: set[Scope] = set()
+        # By their addresses, and weakly: one that is never closed may be collected.
+        self._requests: dict[int, ReferenceType[Scope]] = {}
         self._is_claimed = False
         self._stay: Stay | None = None
         # What each who has held it, and leaves, waits for; and the requests around that one, for
@@ -112,7 +114,11 @@ class LifespanScope(Scope):
 
     def in_use_by(self) -> str:
         with _lock:
-            return few(sorted(map(str, self._requests)))
+            return few(sorted(map(str, self._open_requests())))
+
+    def _open_requests(self) -> set[Scope]:
+        """With the lock held. From a copy: they may be collected at any step."""
+        return {request for one in list(self._requests.values()) if (request := one()) is not None}
 
     def _claim(self) -> bool:
         """With the lock held. Where several wait for its requests, it is for the last of them."""
@@ -138,7 +144,7 @@ class LifespanScope(Scope):
             cancellation = await self._requests_ended(set(around))
         with _lock:
             # Else somebody has taken it over meanwhile.
-            closes = not self._requests & set(around) and self._claim()
+            closes = not self._open_requests() & set(around) and self._claim()
         if closes:
             await self._end(failure)
         if cancellation is not None:
@@ -155,14 +161,14 @@ class LifespanScope(Scope):
 
     async def _requests_ended(self, around: set[Scope]) -> asyncio.CancelledError | None:
         with _lock:
-            if self._requests <= around:
+            if self._open_requests() <= around:
                 return None
             idle = asyncio.get_running_loop().create_future()
             self._idle[idle] = around
         cancellation = await outlast(idle, seconds=self.shutdown_timeout)
         with _lock:
             del self._idle[idle]
-            left = [] if self._holders or self._idle else list(self._requests - around)
+            left = [] if self._holders or self._idle else list(self._open_requests() - around)
         if left:
             logger.error(
                 "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
@@ -177,7 +183,7 @@ class LifespanScope(Scope):
     def join(self, request: Scope) -> bool:
         with _lock:
             if self.can_be_joined:
-                self._requests.add(request)
+                self._requests[id(request)] = ref(request, self._lost)
                 return True
             return False
 
@@ -187,10 +193,9 @@ class LifespanScope(Scope):
         where its caller cannot wait, that of an event loop goes on by itself.
         """
         with _lock:
-            self._requests.discard(request)  # one that its own factory has opened is not there
-            for idle, around in self._idle.items():
-                if self._requests <= around:
-                    self.in_loop(set_done, idle)
+            self._requests.pop(id(request), None)  # its own factories' are not there
+            if self._idle:
+                self._tell_of_end()
             if self._requests or not self._claim():
                 return None
             _forget(self)
@@ -198,6 +203,24 @@ class LifespanScope(Scope):
             return self.close()
         self.in_loop(self._close_later)
         return None
+
+    def _lost(self, gone: ReferenceType[Scope]) -> None:
+        """
+        One that nobody has closed is collected, anywhere: so this closes nothing. Where it was the
+        last, the next one does, or the end of the event loop.
+        """
+        with _lock:
+            for address in list(self._requests):
+                if self._requests.get(address) is gone:
+                    self._requests.pop(address, None)
+            with suppress(RuntimeError):  # the event loop has ended
+                self._tell_of_end()
+
+    def _tell_of_end(self) -> None:
+        """Those who wait for requests that have all ended. With the lock held."""
+        for idle, around in self._idle.items():
+            if self._open_requests() <= around:
+                self.in_loop(set_done, idle)
 
     def in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
         if running_loop() is self.loop:

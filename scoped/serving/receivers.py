@@ -12,8 +12,8 @@ import logging
 import sys
 from collections.abc import Awaitable, Iterable
 from functools import cache, wraps
-from typing import Any, NamedTuple
-from weakref import WeakSet
+from typing import Any, NamedTuple, Self
+from weakref import ReferenceType, WeakSet, ref
 
 import django
 from asgiref.sync import SyncToAsync, async_to_sync, markcoroutinefunction
@@ -69,13 +69,34 @@ class _ClientScope(ServedScope):
 class _ForeignScope(RequestScope):
     """Opened for another handler than ours; no other handler's signal may close it."""
 
-    __slots__ = ("opener", "served")
+    __slots__ = ("before", "opener", "served")
 
     def __init__(self, name: str, opener: Any) -> None:
         super().__init__(name)
         self.opener = opener
         # After a test client's request no more need be expected.
         self.served = not _is_test_client(opener)
+        self.before: ReferenceType[_ForeignScope] | None = None
+
+    def open(
+        self, *, sync_only: bool = False, loop: asyncio.AbstractEventLoop | None = None
+    ) -> Self:
+        """
+        Where a server's last request is open still, one that it may never close, this does not
+        hold that: else each would hold all before it.
+        """
+        here = current.get()
+        if self.served and isinstance(here, _ForeignScope) and here.served:
+            self.before = ref(here)
+            current.set(None)
+        return super().open(sync_only=sync_only, loop=loop)
+
+    def leave(self) -> None:
+        was_here = current.get() is self
+        super().leave()
+        before = None if self.before is None else self.before()
+        if was_here and before is not None and before.is_open:
+            current.set(before)
 
     @property
     def tells_of_response(self) -> bool:
@@ -181,7 +202,9 @@ def open_foreign(
     if environ is not None:
         path = environ.get("PATH_INFO") or "/"
         name = _name(environ["REQUEST_METHOD"], path if path.isascii() else _path(path))
-        _ForeignScope(name, sender).open(sync_only=True)
+        opened = _ForeignScope(name, sender).open(sync_only=True)
+        if opened.served:  # kept by who has it in hand, and so may yet close it; or calls us again
+            environ.setdefault("scoped.scopes", []).append(opened)
     elif scope is not None and sender not in _our_handlers and django.VERSION >= (6, 1):
         # Before 6.1 what is set here is lost before the view runs (ticket 36714).
         name = _name(scope["method"], scope["path"])
