@@ -102,6 +102,34 @@ MUTATIONS = [
     ),
     # Cancellation
     mutation(
+        "what a factory cancels leaves a block as a bare cancellation",
+        (
+            "core/scope",
+            "if isinstance(failure, asyncio.CancelledError) and not is_cancelled():",
+            "if False:",
+        ),
+    ),
+    mutation(
+        "a cancellation from outside goes behind a teardown's error",
+        (
+            "core/scope",
+            "if isinstance(failure, asyncio.CancelledError) and not is_cancelled():",
+            "if isinstance(failure, asyncio.CancelledError):",
+        ),
+    ),
+    mutation(
+        "a factory that cancels without a word ends a block so",
+        ("core/scope", "        if was_cancelled and not is_cancelled():\n", "        if False:\n"),
+    ),
+    mutation(
+        "what a factory cancels in a background task cancels that",
+        (
+            "serving/background",
+            "failure = None  # a factory's own, which has said why",
+            "pass",
+        ),
+    ),
+    mutation(
         "the request is never uncancelled",
         (
             "serving/exchange",
@@ -1564,7 +1592,7 @@ MUTATIONS = [
     ),
     mutation(
         "factories are not told of a background task's failure",
-        ("serving/background", "await scope.close(failure)", "await scope.close()"),
+        ("serving/background", "await scope.end(failure)", "await scope.close()"),
     ),
     mutation(
         "a background task that never began keeps its scope",

@@ -833,7 +833,7 @@ class TestLifespan:
         self, log: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         is_up, go_on = threading.Event(), threading.Event()
-        real = LifespanScope._end
+        real = LifespanScope.end
 
         @lifespan_scoped
         def pool() -> Iterator[str]:
@@ -854,7 +854,7 @@ class TestLifespan:
                 assert is_up.wait(DEADLINE)
             await real(self, failure)
 
-        monkeypatch.setattr(LifespanScope, "_end", overtaken)
+        monkeypatch.setattr(LifespanScope, "end", overtaken)
         found: list[str] = []
         threads: list[threading.Thread] = []
         with lifespan_scope():

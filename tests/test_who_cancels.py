@@ -18,7 +18,7 @@ from django.http import Http404, HttpResponse, HttpResponseForbidden, StreamingH
 from django.test import override_settings
 from django.utils.decorators import sync_and_async_middleware
 
-from scoped import current_scope, request_scoped
+from scoped import TeardownError, current_scope, request_scope, request_scoped, spawn
 from scoped.asgi import ScopedASGIHandler
 from scoped.testing import AsyncClient, Client
 from scoped.wsgi import ScopedWSGIHandler
@@ -271,6 +271,171 @@ async def test_a_timeout_that_fires_in_the_teardown_until_the_response_is_a_500(
     assert connection.status == 500
     assert connection.body != b"never"
     assert [type(error) for error in told] == [TimeoutError]
+
+
+# The same where nobody serves: in a block, a decorated function, a background task
+
+
+async def in_a_block(name):
+    async with request_scope():
+        await plain()
+        await use(name)
+
+
+@request_scope()
+async def in_a_function(name):
+    await plain()
+    await use(name)
+
+
+@request_scope()
+async def in_one_that_waits_at_its_end(name):
+    """Where anyio cancels once more."""
+
+    @request_scoped
+    async def slow():
+        try:
+            yield
+        finally:
+            await asyncio.sleep(0)
+
+    await plain()
+    if name.startswith("anyio"):
+        await anyio_deadline()
+    else:
+        await deadline()
+    await slow()
+    await asyncio.Event().wait()
+
+
+@OWN
+@pytest.mark.parametrize("run", [in_a_block, in_a_function])
+async def test_what_a_factory_cancels_leaves_a_scope_as_its_error(run, name, error, caplog):
+    """A worker's `except Exception` sees it, and the worker lives: nobody has cancelled that."""
+    for _ in range(2):
+        with pytest.raises(TeardownError) as caught:
+            await run(name)
+        assert [type(one) for one in caught.value.exceptions] == [error]
+    assert asyncio.current_task().cancelling() == 0
+    assert log == ["plain rolled back: CancelledError"] * 2
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("name", ["deadline", "anyio deadline"])
+async def test_so_does_one_that_cancels_what_is_torn_down_meanwhile(name):
+    with pytest.raises((TeardownError, RuntimeError)):
+        await in_one_that_waits_at_its_end(name)
+    assert asyncio.current_task().cancelling() == 0
+    assert log == ["plain rolled back: CancelledError"]
+
+
+async def test_a_sync_block_too():
+    @request_scoped
+    def bound():
+        with anyio.fail_after(0.01):
+            yield
+
+    with pytest.raises(TeardownError) as caught:
+        with request_scope():
+            plain_sync()
+            bound()
+            await asyncio.Event().wait()
+    assert [type(one) for one in caught.value.exceptions] == [TimeoutError]
+    assert log == ["plain rolled back: CancelledError"]
+
+
+@OWN
+async def test_what_a_factory_cancels_in_a_background_task_is_logged_as_ever(name, error, caplog):
+    async def work():
+        await plain()
+        await use(name)
+
+    await spawn(work(), name="the mail")
+    assert log == ["plain rolled back: CancelledError"]
+    [record] = [record for record in caplog.records if record.name == "scoped"]
+    assert record.getMessage().startswith("The background task the mail: ")
+    assert [type(one) for one in record.exc_info[1].exceptions] == [error]
+
+
+@request_scoped
+async def quiet():
+    with anyio.move_on_after(0.01):
+        yield
+
+
+async def cut_off_quietly():
+    await plain()
+    await quiet()
+    await asyncio.Event().wait()
+
+
+async def test_one_that_says_nothing_of_it_has_it_said(caplog):
+    with pytest.raises(RuntimeError, match="the request scope was cut off by one of its") as caught:
+        async with request_scope():
+            await cut_off_quietly()
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    await spawn(cut_off_quietly(), name="the mail")
+    [record] = [record for record in caplog.records if record.name == "scoped"]
+    assert "The background task the mail failed: RuntimeError" in record.getMessage()
+    assert log == ["plain rolled back: CancelledError"] * 2
+
+
+@request_scoped
+async def fragile():
+    try:
+        yield
+    finally:
+        raise OSError("broken")
+
+
+@pytest.mark.parametrize("own", ["none", "deadline", "anyio deadline"])
+@pytest.mark.parametrize("by", ["task", "timeout", "anyio"])
+async def test_a_cancellation_from_outside_stays_bare_whatever_a_factory_cancels(own, by, caplog):
+    """Or the timeout around the block would not know it for its own."""
+    reached = asyncio.Event()
+
+    async def work():
+        async with request_scope():
+            await fragile()
+            if own == "deadline":
+                await deadline()
+            elif own == "anyio deadline":
+                await anyio_deadline()
+            reached.set()
+            time.sleep(0.02)  # noqa: ASYNC251 (so that both cancel in one turn of the event loop)
+            await asyncio.Event().wait()
+
+    if by == "task":
+        task = asyncio.create_task(work())
+        await reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+    elif by == "timeout":
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await work()
+    else:
+        with anyio.move_on_after(0) as bound:
+            await work()
+        assert bound.cancelled_caught
+    assert asyncio.current_task().cancelling() == 0
+    messages = [record.getMessage() for record in caplog.records if record.name == "scoped"]
+    assert [message for message in messages if "1 resource(s) of the request scope" in message]
+
+
+async def test_what_has_awaited_something_cancelled_ends_bare_where_no_teardown_has_more_to_say():
+    future = asyncio.get_running_loop().create_future()
+    future.cancel()
+    with pytest.raises(TeardownError):
+        async with request_scope():
+            await fragile()
+            await future
+    with pytest.raises(asyncio.CancelledError):
+        async with request_scope():
+            await plain()
+            await future
 
 
 @pytest.mark.parametrize("how", ["client", "server"])

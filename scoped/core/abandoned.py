@@ -55,5 +55,6 @@ def _ended(scope: "Scope", task: "asyncio.Task[None]") -> None:
         closing = task.get_loop().create_task(scope.close_abandoned(asyncio.CancelledError()))
         _closing.add(closing)
         closing.add_done_callback(_closing.discard)
+        closing.add_done_callback(scope.log_late)  # nobody has cancelled this one
     elif (error := task.exception()) is not None:
         scope.log(error)

@@ -146,7 +146,7 @@ class LifespanScope(Scope):
             # Else somebody has taken it over meanwhile.
             closes = not self._open_requests() & set(around) and self._claim()
         if closes:
-            await self._end(failure)
+            await self.end(failure)
         if cancellation is not None:
             raise cancellation
 
@@ -155,7 +155,7 @@ class LifespanScope(Scope):
         cancellation = await self._requests_ended(set())
         with _lock:
             self._is_claimed = True
-        await self._end(failure)
+        await self.end(failure)
         if cancellation is not None:
             raise cancellation
 

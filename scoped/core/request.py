@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from scoped.core import observer
 from scoped.core.calls import in_scope
-from scoped.core.errors import NoScopeError, ScopeClosedError, TeardownError
+from scoped.core.errors import NoScopeError, ScopeClosedError
 from scoped.core.lifespan import LifespanScope, lifespans
 from scoped.core.record import ENDING, STARTING, Record
 from scoped.core.resource import REQUEST, RESPONSE
@@ -192,12 +192,11 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            for rest in self.begin_close(exc):
-                await rest
-        except TeardownError as error:
             if exc is None or isinstance(exc, Exception):
-                raise
-            self.log(error)
+                for rest in self.begin_close(exc):
+                    await rest
+            else:
+                await self.end(exc)
         finally:
             self.leave()
 
@@ -211,7 +210,7 @@ class RequestScope(Scope):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            run_without_loop(self._end(exc))
+            run_without_loop(self.end(exc))
         finally:
             self.leave()
 
@@ -233,6 +232,7 @@ def request_scope() -> RequestScope:
     or coroutine function, ``@request_scope()``, it is a new one for each call.
 
     Leaving it raises TeardownError where a teardown failed; a cancellation, or
-    another exception that is no Exception, comes first and the failure is logged.
+    another exception that is no Exception, comes first and the failure is logged. What a
+    factory's own timeout or task group cancels has failed: its error is in a TeardownError.
     """
     return RequestScope("the request scope")

@@ -23,7 +23,7 @@ from scoped.core.teardown import (
     wait_for_others,
     wait_for_others_sync,
 )
-from scoped.core.waits import current_task, running_loop
+from scoped.core.waits import current_task, is_cancelled, running_loop
 
 if TYPE_CHECKING:
     from django.http import HttpRequest  # for users' type checkers: nothing of it is used
@@ -289,16 +289,32 @@ class Scope(Books):
     async def close_abandoned(self, failure: BaseException) -> None:
         """The event loop ends, and whoever was to close it has gone."""
         self.owner = asyncio.current_task()
-        await self._end(failure)
+        await self.end(failure)
 
-    async def _end(self, failure: BaseException | None) -> None:
-        """Close; a failure that is no mere error (a cancellation) goes before the teardown's."""
+    async def end(self, failure: BaseException | None) -> None:
+        """
+        Close; a failure that is no mere error goes before the teardown's. But a cancellation
+        that nobody has asked for from outside does not: a timeout, or task group, that a factory
+        holds across its ``yield`` takes its own back as it is left, and most say why.
+        """
+        was_cancelled = isinstance(failure, asyncio.CancelledError) and is_cancelled()
         try:
             await self.close(failure)
         except TeardownError as error:
             if failure is None or isinstance(failure, Exception):
                 raise
+            if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
+                raise
             self.log(error)
+        except asyncio.CancelledError:
+            if not was_cancelled or is_cancelled():
+                raise
+        if was_cancelled and not is_cancelled():
+            raise RuntimeError(
+                f"{self} was cut off by one of its factories, which has cancelled the task and "
+                "taken that back without a word, as anyio.move_on_after() does. Have it raise an "
+                "error of its own after its `yield`."
+            ) from failure
 
     def log(self, error: BaseException) -> None:
         logger.error("While %s was closed: %s", self, error, exc_info=error)

@@ -20,6 +20,7 @@ __all__ = [
     "do_for",
     "fork_safe_lock",
     "hop",
+    "is_cancelled",
     "outlast",
     "run_without_loop",
     "running_loop",
@@ -49,6 +50,11 @@ running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_runn
 
 def current_task() -> "asyncio.Task[Any] | None":
     return None if (loop := running_loop()) is None else asyncio.current_task(loop)
+
+
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled the task at hand, and has not taken that back."""
+    return (task := current_task()) is not None and task.cancelling() > 0
 
 
 # The ContextVar beneath that Local of asgiref's, as far as this is known: where nothing is in it, a

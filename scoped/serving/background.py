@@ -190,9 +190,13 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
             if failure is None:
                 failure = error
         try:
-            await scope.close(failure)
+            await scope.end(failure)
         except TeardownError as error:
             logger.error("The background task %s: %s", name, error, exc_info=error)
+            if isinstance(failure, asyncio.CancelledError):
+                failure = None  # a factory's own, which has said why
+        except RuntimeError as error:  # a factory's own, too
+            failure = error
         finally:
             if thread.is_taken:
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
