@@ -13,6 +13,8 @@ from django.conf import settings
 from django.urls import get_resolver
 from django.utils.module_loading import autodiscover_modules
 
+from scoped.core.names import printable_repr
+
 __all__ = ["import_resources", "import_urls"]
 
 logger = logging.getLogger("scoped")
@@ -38,9 +40,8 @@ def import_urls() -> None:
     except Exception as error:
         logger.error(
             "The URLconf could not be imported at start-up, so what it declares with eager=True is "
-            "not set up: %s: %s",
-            type(error).__name__,
-            error,
+            "not set up: %s",
+            printable_repr(error),
             exc_info=error,
         )
 

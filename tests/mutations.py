@@ -102,6 +102,10 @@ MUTATIONS = [
     ),
     # Cancellation
     mutation(
+        "the words of somebody else's error are taken on trust",
+        ("core/scope", "self, printable_repr(error), exc_info", "self, error, exc_info"),
+    ),
+    mutation(
         "what a factory cancels leaves a block as a bare cancellation",
         (
             "core/scope",

@@ -6,6 +6,7 @@ piles up on it.
 import asyncio
 import traceback
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 from scoped import (
+    ScopeClosedError,
     TeardownError,
     lifespan_scope,
     lifespan_scoped,
@@ -75,6 +77,13 @@ class TracebackError(Exception):
         raise ValueError("no traceback")
 
 
+class NoWordsError(Exception):
+    def __str__(self) -> NoReturn:
+        raise ValueError("no words")
+
+    __repr__ = __str__
+
+
 class NoComparisonError(Exception):
     def __eq__(self, other: object) -> NoReturn:
         raise ValueError("not to be compared")
@@ -85,6 +94,7 @@ class NoComparisonError(Exception):
 KINDS = [
     *(FrozenError, NoNotesError, NoAttributesError, OddNotesError, NumberForNotesError),
     *(OddNoteError, TracebackError, NoComparisonError),
+    NoWordsError,
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -176,6 +186,41 @@ class TestWhateverIsRaised:
                 bad_sync()
         assert [id(one) for one in caught.value.exceptions] == [id(errors[1]), id(errors[0])]
         assert log == ["-first"]
+
+    async def test_what_nobody_else_can_be_told_of_is_logged(
+        self, kind: type[Exception], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Promise 25: and none of its words makes a line of its own."""
+        error, reached, cut_off = kind(), asyncio.Barrier(3), asyncio.Event()
+
+        async def wait() -> None:
+            await reached.wait()
+            with suppress(asyncio.CancelledError):
+                await cut_off.wait()
+
+        @request_scoped
+        async def refused() -> AsyncIterator[None]:
+            await wait()
+            yield
+            raise error
+
+        @request_scoped
+        async def refused_too() -> AsyncIterator[None]:
+            await wait()
+            yield
+            raise ValueError("one line\nanother")
+
+        async with request_scope():
+            tasks = [asyncio.create_task(ask()) for ask in (refused, refused_too)]
+            await reached.wait()
+            await asyncio.sleep(0)  # until all three have come through
+        for task in tasks:
+            with pytest.raises(ScopeClosedError):
+                await task
+        messages = [record.getMessage() for record in caplog.records if record.name == "scoped"]
+        assert len(messages) == 2
+        assert any(kind.__name__ in message for message in messages)
+        assert "\n" not in "".join(messages)
 
     @pytest.mark.parametrize("elsewhere", [False, True])
     async def test_work_that_fails_with_it_is_seen_by_factories_and_comes_out(

@@ -14,6 +14,7 @@ from scoped.core.abandoned import dismiss, guards
 from scoped.core.books import Books
 from scoped.core.current import current
 from scoped.core.errors import AsyncResourceError, TeardownError
+from scoped.core.names import printable_repr
 from scoped.core.resource import LIFESPAN, Lifetime
 from scoped.core.teardown import (
     end_all,
@@ -317,7 +318,7 @@ class Scope(Books):
             ) from failure
 
     def log(self, error: BaseException) -> None:
-        logger.error("While %s was closed: %s", self, error, exc_info=error)
+        logger.error("While %s was closed: %s", self, printable_repr(error), exc_info=error)
 
     def log_late(self, task: "asyncio.Future[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

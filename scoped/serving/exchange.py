@@ -20,6 +20,7 @@ from django.dispatch import Signal
 from django.urls import set_script_prefix
 
 from scoped.core.errors import TeardownError
+from scoped.core.names import printable_repr
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop, sync_parent
 from scoped.dispatch import Outcome, Receiver, call_all, call_in_turn, log_errors, raise_first
@@ -370,7 +371,7 @@ class Exchange:
 
     async def call_async(self, receiver: Receiver) -> None:
         called = receiver(signal=request_finished, sender=type(self.handler))
-        name = getattr(receiver, "__qualname__", None) or repr(receiver)
+        name = getattr(receiver, "__qualname__", None) or printable_repr(receiver)
         await in_time(called, f"The receiver {name} of request_finished")
 
     def call_sync(self, receivers: Iterable[Receiver]) -> None:

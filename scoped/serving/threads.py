@@ -160,7 +160,7 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | N
     try:
         future.set_exception(error)
     except TypeError:  # Python 3.11, of a StopIteration; later ones do as much by themselves
-        future.set_exception(RuntimeError(f"sync code raised {error!r}"))
+        future.set_exception(RuntimeError(f"sync code raised {printable_repr(error)}"))
 
 
 def connection_made(**kwargs: Any) -> None:
