@@ -536,6 +536,18 @@ MUTATIONS = [
     ),
     # First use
     mutation(
+        "a teardown is taken for a task that a factory has left running",
+        ("core/lookup", "left_running=here.state in (HELD, GONE),", "left_running=True,"),
+    ),
+    mutation(
+        "a lifespan's block is taken for no scope at all",
+        (
+            "core/lookup",
+            "in_lifespan=scope is not None and scope.is_open)",
+            "in_lifespan=False)",
+        ),
+    ),
+    mutation(
         "no keeper: factories run wherever they are asked for",
         (
             "core/first_use",

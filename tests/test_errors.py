@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -254,6 +254,55 @@ async def test_lifetime_error_in_a_task_that_a_factory_has_left_running() -> Non
     assert (error.resource, error.needed) == (consumer.resource, db.resource)
     assert str(error).startswith(f"A task that the factory of {consumer.resource} has left running")
     assert "with `async with request_scope():`" in str(error)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_lifetime_error_in_a_teardown(is_async: bool) -> None:
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[None]:
+        yield
+        await db()
+
+    @request_scoped
+    def tenant() -> str:
+        return "tenant"
+
+    @lifespan_scoped
+    def sync_pool() -> Iterator[None]:
+        yield
+        try:
+            tenant()
+        finally:
+            with request_scope():  # as the message says
+                assert tenant() == "tenant"
+
+    with pytest.raises(TeardownError) as caught:
+        async with lifespan_scope():
+            await pool() if is_async else sync_pool()
+    [error] = caught.value.exceptions
+    assert isinstance(error, LifetimeError)
+    asker, needed = (pool, db) if is_async else (sync_pool, tenant)
+    opening = "`async with request_scope():`" if is_async else "`with request_scope():`, or"
+    assert str(error).startswith(
+        f"The teardown of {asker.resource} asked for {needed.resource}, whose lifetime is the "
+        f"request's: it is part of none. Open a scope in it, with {opening}"
+    )
+
+
+async def test_no_scope_error_in_a_lifespan_block_inside_a_request() -> None:
+    async with request_scope():
+        async with lifespan_scope():
+            with pytest.raises(NoScopeError) as caught:
+                await db()
+            async with request_scope():
+                assert await db() == "db"
+        assert await db() == "db"
+    assert str(caught.value) == (
+        f"{db.resource} was used where no request scope is open. In a `lifespan_scope()` block the "
+        "request around it does not count: ask for it before the block, or open one in it with "
+        "`async with request_scope():`. For a request that is served meanwhile: serve the project "
+        "with scoped.asgi.get_asgi_application()."
+    )
 
 
 async def test_a_circle_of_many_keys_has_a_message_of_few() -> None:

@@ -43,26 +43,41 @@ class ScopedError(Exception):
 class NoScopeError(ScopedError, LookupError):
     """A resource was used, or a scope asked for, where none is open."""
 
-    def __init__(self, resource: object = None, hint: str = "") -> None:
+    def __init__(
+        self, resource: object = None, hint: str = "", *, in_lifespan: bool = False
+    ) -> None:
         self.resource = resource
         what = f"{resource} was used" if resource is not None else "current_scope() was called"
         lifespan = _lifetime_of(resource) == "lifespan"
         which = "such" if hint else "lifespan" if lifespan else "request"
+        if in_lifespan:
+            hint = (
+                "In a `lifespan_scope()` block the request around it does not count: ask for it "
+                f"before the block, or open one in it with {_opening(resource, 'request_scope')}. "
+                f"For a request that is served meanwhile: serve the project with {_SERVE}."
+            )
         super().__init__(f"{what} where no {which} scope is open. {hint or _remedy(resource)}")
 
 
+_SERVE = "scoped.asgi.get_asgi_application()"
+
+
+def _is_async(resource: object) -> bool:
+    return getattr(getattr(resource, "factory", None), "is_async", False)
+
+
+def _opening(resource: object, scope: str) -> str:
+    if _is_async(resource):
+        return f"`async with {scope}():`"
+    return f"`with {scope}():`, or `async with` in async code"
+
+
 def _remedy(resource: object) -> str:
-    serve = "scoped.asgi.get_asgi_application()"
-    is_async = getattr(getattr(resource, "factory", None), "is_async", False)
     is_of_lifespan = _lifetime_of(resource) == "lifespan"
-    scope = "lifespan_scope" if is_of_lifespan else "request_scope"
-    if is_async:
-        opening = f"`async with {scope}():`"
-    else:
-        opening = f"`with {scope}():`, or `async with` in async code"
+    opening = _opening(resource, "lifespan_scope" if is_of_lifespan else "request_scope")
     if is_of_lifespan:
         return (
-            f"A server opens the lifespan: serve the project with {serve}. Anywhere else (a "
+            f"A server opens the lifespan: serve the project with {_SERVE}. Anywhere else (a "
             f"command, a script, a test): open it with {opening}, or with a request scope, which "
             "has one."
         )
@@ -70,11 +85,11 @@ def _remedy(resource: object) -> str:
     thread = threading.current_thread()
     if thread is threading.main_thread():
         return (
-            f"In a request: serve the project with {serve}. If it is, this was started by what "
+            f"In a request: serve the project with {_SERVE}. If it is, this was started by what "
             "does not know of the request, as asyncio.run_coroutine_threadsafe() in a thread of "
             f"your own: start it in the request's own tasks. {anywhere_else}"
         )
-    if is_async:
+    if _is_async(resource):
         way = (
             "run your sync code with sync_to_async(), in which async_to_sync() leads back to the "
             "request's event loop; or await it before, and hand on the value"
@@ -85,7 +100,7 @@ def _remedy(resource: object) -> str:
             "`contextvars.copy_context().run`"
         )
     return (
-        f'In a request: serve the project with {serve} or scoped.wsgi\'s, and list "scoped" in '
+        f'In a request: serve the project with {_SERVE} or scoped.wsgi\'s, and list "scoped" in '
         f"INSTALLED_APPS. A thread that you or an executor of yours has started, as "
         f"{printable_repr(thread.name)} may be, does not know of the request: {way}. "
         f"{anywhere_else}"
@@ -149,7 +164,8 @@ def _arrows(circle: Sequence[object]) -> str:
 class LifetimeError(ScopedError, RuntimeError):
     """
     A resource needs one that does not live as long as it does. Where it is set up already
-    (``left_running``), a task that its factory has started needs it.
+    (``left_running``), a task that its factory has started needs it, or its teardown
+    (``in_teardown``).
     """
 
     def __init__(
@@ -160,6 +176,7 @@ class LifetimeError(ScopedError, RuntimeError):
         shorter: str,
         *,
         left_running: bool = False,
+        in_teardown: bool = False,
     ) -> None:
         self.resource = resource
         self.needed = needed
@@ -168,6 +185,12 @@ class LifetimeError(ScopedError, RuntimeError):
                 f"A task that the factory of {resource} has left running asked for {needed}, whose "
                 f"lifetime is the {shorter}'s: it is part of none. Open a scope in it for each "
                 "piece of its work, with `async with request_scope():`."
+            )
+        elif in_teardown:
+            text = (
+                f"The teardown of {resource} asked for {needed}, whose lifetime is the "
+                f"{shorter}'s: it is part of none. Open a scope in it, with "
+                f"{_opening(needed, 'request_scope')}."
             )
         else:
             text = (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from scoped.core.current import current, scope_here
 from scoped.core.errors import LifetimeError, NoScopeError, ScopeClosedError
 from scoped.core.lifespan import lifespans
-from scoped.core.record import STARTING, Record
+from scoped.core.record import ENDING, GONE, HELD, Record
 from scoped.core.request import RequestScope
 from scoped.core.resource import LIFESPAN, RESPONSE
 from scoped.core.waits import running_loop
@@ -30,8 +30,14 @@ def scope_for(resource: "Resource[Any]") -> "Scope":
     if isinstance(here, Record):
         asker = here.resource
         lifetimes = str(asker.lifetime), str(resource.lifetime)
-        raise LifetimeError(asker, resource, *lifetimes, left_running=here.state != STARTING)
-    raise NoScopeError(resource)
+        raise LifetimeError(
+            asker,
+            resource,
+            *lifetimes,
+            left_running=here.state in (HELD, GONE),
+            in_teardown=here.state == ENDING,
+        )
+    raise NoScopeError(resource, in_lifespan=scope is not None and scope.is_open)
 
 
 def _lifespan_for(resource: "Resource[Any]", scope: "Scope | None") -> "Scope":
