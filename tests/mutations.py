@@ -536,6 +536,26 @@ MUTATIONS = [
     ),
     # First use
     mutation(
+        "an error that is copied is made anew, with other words",
+        (
+            "core/errors",
+            "return _again, (type(self), *self.args), state",
+            "return type(self), self.args, state",
+        ),
+    ),
+    mutation(
+        "an error takes its resource to another process",
+        ("core/errors", 'state.keys() & {"resource", "needed"}', "()"),
+    ),
+    mutation(
+        "a group that is copied takes its words for its scope",
+        (
+            "core/errors",
+            "return again, (type(self), self.scope, self.exceptions), state",
+            "return super().__reduce__()",
+        ),
+    ),
+    mutation(
         "a teardown is taken for a task that a factory has left running",
         ("core/lookup", "left_running=here.state in (HELD, GONE),", "left_running=True,"),
     ),

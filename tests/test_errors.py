@@ -2,10 +2,14 @@
 
 import asyncio
 import contextvars
+import copy
 import inspect
+import pickle
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -26,6 +30,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import errors as exceptions
+from scoped.core import first_use
 from scoped.core.scope import Scope
 
 
@@ -303,6 +308,78 @@ async def test_no_scope_error_in_a_lifespan_block_inside_a_request() -> None:
         "`async with request_scope():`. For a request that is served meanwhile: serve the project "
         "with scoped.asgi.get_asgi_application()."
     )
+
+
+async def raised(call: Any) -> ScopedError:
+    try:
+        await call()
+    except ScopedError as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+async def of_every_kind() -> list[ScopedError]:
+    """Of resources that only this process has."""
+
+    @request_scoped
+    async def local() -> AsyncIterator[None]:
+        yield
+        raise OSError("broken")
+
+    @lifespan_scoped
+    async def pool() -> None:
+        await local()
+
+    @request_scoped(keyed=True)
+    async def circle(key: object) -> None:
+        await circle(key)
+
+    @request_scoped
+    async def never() -> AsyncIterator[None]:
+        if never is None:
+            yield
+
+    async def tears_down() -> None:
+        async with request_scope():
+            await local()
+
+    errors = [ScopedError("plain"), await raised(local), await raised(tears_down)]
+    async with request_scope() as scope:
+        errors += [await raised(one) for one in (pool, partial(circle, object()), never)]
+    errors.append(await raised(lambda: set_up_in(local, scope)))
+    with request_scope():
+        errors.append(await raised(local))
+    return errors
+
+
+async def set_up_in(resource: Any, scope: Any) -> None:
+    await first_use.get(scope, resource.resource)
+
+
+def sent(error: Any, protocol: int | None = None) -> Any:
+    return pickle.loads(pickle.dumps(error, protocol))  # noqa: S301 (it is our own)
+
+
+async def test_every_error_goes_to_another_process_with_its_words() -> None:
+    errors = await of_every_kind()
+    kinds = {getattr(exceptions, name) for name in exceptions.__all__ if name.endswith("Error")}
+    assert {type(error) for error in errors} == kinds
+    for error in errors:
+        error.add_note("a note")
+        copies = [sent(error, number) for number in range(6)]
+        for copied in (*copies, copy.copy(error), sent(copies[-1])):
+            assert (type(copied), str(copied)) == (type(error), str(error))
+            assert vars(copied).keys() == vars(error).keys()
+            assert copied.__notes__ == error.__notes__
+            for name in ("resource", "needed", "scope", "reason", "problem"):
+                assert str(getattr(copied, name, None)) == str(getattr(error, name, None))
+            if isinstance(error, CircularResourceError):
+                assert copied.circle == tuple(map(str, error.circle))
+            if isinstance(error, TeardownError):
+                assert list(map(repr, copied.exceptions)) == ["OSError('broken')"]
+                assert copied.exceptions[0].__notes__ == error.exceptions[0].__notes__
+                assert copied.split(OSError)[0].scope == error.scope
+    assert sent(NoScopeError()).resource is None
 
 
 async def test_a_circle_of_many_keys_has_a_message_of_few() -> None:

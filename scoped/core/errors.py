@@ -37,7 +37,25 @@ __all__ = [
 
 
 class ScopedError(Exception):
-    """The base of every error in this package."""
+    """
+    The base of every error in this package. Pickled, for another process, and copied it has the
+    same words, and texts where it names resources.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class, which would make other words of these; and no resource, which
+        # holds the user's function.
+        state = dict(vars(self))
+        for name in state.keys() & {"resource", "needed"}:
+            state[name] = None if state[name] is None else str(state[name])
+        if "circle" in state:
+            state["circle"] = tuple(map(str, state["circle"]))
+        return _again, (type(self), *self.args), state
+
+
+def _again(kind: Any, *args: Any) -> ScopedError:
+    error: ScopedError = kind.__new__(kind, *args)
+    return error
 
 
 class NoScopeError(ScopedError, LookupError):
@@ -236,6 +254,10 @@ class TeardownError(ScopedError, ExceptionGroup[Exception]):
 
     def __init__(self, scope: object, errors: Sequence[Exception]) -> None:  # noqa: ARG002
         self.scope = str(scope)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        again, _, state = super().__reduce__()
+        return again, (type(self), self.scope, self.exceptions), state
 
     def derive(self, errors: Sequence[Exception]) -> "TeardownError":  # type: ignore[override]
         return TeardownError(self.scope, errors)
