@@ -255,6 +255,18 @@ MUTATIONS = [
     ),
     # Teardown
     mutation(
+        "what a factory lets through of a group counts as its own failure",
+        ("core/factory", "if isinstance(failure, BaseExceptionGroup):", "if False:"),
+    ),
+    mutation(
+        "whatever a factory raises of a group counts as the group",
+        (
+            "core/factory",
+            "return any(_is_failure(error, inner) for inner in thrown.exceptions)",
+            "return thrown is not None",
+        ),
+    ),
+    mutation(
         "an error ends the teardown",
         (
             "core/teardown",

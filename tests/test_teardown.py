@@ -1161,6 +1161,57 @@ class TestTheFactorySeesTheFailure:
         assert [type(error) for error in caught.value.exceptions] == [KeyError]
         assert isinstance(caught.value.__context__, ValueError)
 
+    @WHERE
+    async def test_one_that_handles_a_part_of_a_group_has_not_failed_with_the_rest(
+        self, where: str, log: list[str]
+    ) -> None:
+        @request_scoped
+        async def db() -> AsyncIterator[None]:
+            try:
+                yield
+            except* KeyError:
+                log.append("db handles a KeyError")
+
+        @request_scoped
+        def plain() -> Iterator[None]:
+            try:
+                yield
+            except* ValueError:
+                log.append("plain handles a ValueError")
+
+        @request_scoped
+        async def grouped() -> AsyncIterator[None]:
+            async with asyncio.TaskGroup():
+                await ask(db, where)
+                yield
+
+        inner = ExceptionGroup("inner", [KeyError(1), OSError(3)])
+        failure = ExceptionGroup("the body", [ValueError(2), inner])
+        with pytest.raises(ExceptionGroup) as caught:
+            async with request_scope():
+                await ask(grouped, where)
+                plain()
+                raise failure
+        assert caught.value is failure
+        assert log == ["plain handles a ValueError", "db handles a KeyError"]
+
+    @WHERE
+    async def test_but_with_what_it_adds_to_the_rest(self, where: str) -> None:
+        @request_scoped
+        async def db() -> AsyncIterator[None]:
+            try:
+                yield
+            except* KeyError as group:
+                raise LookupError("translated") from group
+
+        with pytest.raises(TeardownError) as caught:
+            async with request_scope():
+                await ask(db, where)
+                raise ExceptionGroup("the body", [KeyError(1), ValueError(2)])
+        [error] = caught.value.exceptions
+        assert isinstance(error, ExceptionGroup)
+        assert "translated" in repr(error.exceptions)
+
     async def test_its_traceback_does_not_grow_with_every_factory(self, tracked: Make) -> None:
         def frames(error: BaseException) -> list[str]:
             found, traceback = [], error.__traceback__

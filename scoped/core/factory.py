@@ -200,14 +200,18 @@ async def _aclose(generator: AsyncGenerator[Any, None]) -> Exception | None:
 def _is_failure(error: BaseException, failure: BaseException | None) -> bool:
     """
     Whether a generator gave back what was thrown into it. A task group around
-    the ``yield`` puts it in an exception group. Python turns a StopIteration or
-    StopAsyncIteration that leaves a generator into a RuntimeError (PEP 479, 525).
+    the ``yield`` puts it in an exception group; an ``except*`` lets through what it has not
+    handled of one. Python turns a StopIteration or StopAsyncIteration that leaves a generator
+    into a RuntimeError (PEP 479, 525).
     """
     if error is failure:
         return True
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         return all(_is_failure(inner, failure) for inner in group.exceptions)
+    if isinstance(failure, BaseExceptionGroup):
+        thrown = cast("BaseExceptionGroup[BaseException]", failure)
+        return any(_is_failure(error, inner) for inner in thrown.exceptions)
     return (
         isinstance(failure, StopIteration | StopAsyncIteration)
         and type(error) is RuntimeError
