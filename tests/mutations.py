@@ -241,8 +241,8 @@ MUTATIONS = [
         "a closed scope keeps its guard",
         (
             "core/abandoned",
-            "            loop.call_soon_threadsafe(set_done, over)\n",
-            "            pass\n",
+            "        loop.call_soon_threadsafe(set_done, over)\n",
+            "        pass\n",
         ),
     ),
     mutation(
@@ -346,8 +346,8 @@ MUTATIONS = [
         "several may take what is to be torn down",
         (
             "core/books",
-            "        try:\n            del record.value\n        except AttributeError:\n            return False\n        record.state = ENDING\n",
-            "        if record.state != HELD:\n            return False\n        __import__('time').sleep(0.0001)\n        record.state = ENDING\n        with __import__('contextlib').suppress(AttributeError):\n            del record.value\n",
+            "        try:\n            value = record.value  # its finalizer may ask for anything, so it comes last\n            del record.value\n        except AttributeError:\n            return False\n        record.state = ENDING\n",
+            "        value = None\n        if record.state != HELD:\n            return False\n        __import__('time').sleep(0.0001)\n        record.state = ENDING\n        with __import__('contextlib').suppress(AttributeError):\n            del record.value\n",
         ),
     ),
     mutation(
@@ -651,8 +651,8 @@ MUTATIONS = [
         "a set-up that has failed stays behind",
         (
             "core/books",
-            "        if self.records.get(record.resource) is record:\n            del self.records[record.resource]\n        record.state = GONE\n",
-            "        record.state = GONE\n",
+            "        try:\n            if self.records.get(record.resource) is record:\n                del self.records[record.resource]\n        except",
+            "        try:\n            pass\n        except",
         ),
     ),
     mutation(
@@ -1378,6 +1378,60 @@ MUTATIONS = [
             '    if getattr(response, "_iterator", None) is None:\n',
             "    if False:\n",
         ),
+    ),
+    mutation(
+        "what a thread looks at is set up by nobody where it is released meanwhile",
+        (
+            "core/first_use",
+            "            scope.fail(record, asyncio.CancelledError())\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "a task keeps each scope that it has opened",
+        ("core/abandoned", "partial(owner.remove_done_callback, gone)", "lambda: None"),
+    ),
+    mutation(
+        "a keeper knows who was the first to ask",
+        ("core/place", "        del set_up  # it knows who has asked first\n", ""),
+    ),
+    mutation(
+        "a record that is gone keeps its key",
+        (
+            "core/record",
+            '        self.resource = getattr(self.resource, "keyed", self.resource)  # without its key\n',
+            "",
+        ),
+    ),
+    mutation(
+        "a value's finalizer runs before it is known that the value goes",
+        (
+            "core/books",
+            "            value = record.value  # its",
+            "            value = None  # its",
+        ),
+    ),
+    mutation(
+        "a key that cannot be compared stops the teardown",
+        (
+            "core/books",
+            "            self.records.pop(record.resource, None)  # a fork empties them\n"
+            "        except Exception:\n",
+            "            self.records.pop(record.resource, None)  # a fork empties them\n"
+            "        except KeyError:\n",
+        ),
+    ),
+    mutation(
+        "a key that cannot be compared hides why a set-up failed",
+        (
+            "core/books",
+            "                del self.records[record.resource]\n        except Exception:\n",
+            "                del self.records[record.resource]\n        except KeyError:\n",
+        ),
+    ),
+    mutation(
+        "a stray thread is told that it is a teardown",
+        ("core/books", "                and self.thread == get_ident()\n", ""),
     ),
     mutation(
         "what has been read of a body is kept to its end",

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -739,6 +740,36 @@ class TestRelease:
             go_on.set()
             await releasing[0]
             assert log == ["slow", "quick", "a"]
+
+    async def test_beside_get_nowait_in_a_thread_no_set_up_is_left_that_nobody_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Promises 3 and 24: the release comes in the midst of the look."""
+        in_thread, released = threading.Event(), threading.Event()
+
+        @request_scoped
+        async def db() -> AsyncIterator[object]:
+            yield object()
+
+        asker_here = first_use.asker_here
+
+        def asks_late() -> Record | None:
+            if threading.current_thread() is not threading.main_thread():
+                in_thread.set()
+                assert released.wait(DEADLINE)
+            return asker_here()
+
+        monkeypatch.setattr(first_use, "asker_here", asks_late)
+        async with request_scope() as scope, asyncio.timeout(DEADLINE):
+            first = await db()
+            looking = asyncio.create_task(asyncio.to_thread(db.get_nowait))
+            await asyncio.to_thread(in_thread.wait)
+            await db.release()
+            released.set()
+            with pytest.raises(AsyncResourceError, match="has not been set up yet"):
+                await looking
+            assert not scope.records
+            assert await db() is not first
 
 
 class TestLifespan:
@@ -1933,6 +1964,51 @@ class TestWorkIsLinear:
                 assert all(record.state == HELD for record in scope.records.values())
 
         asyncio.run(work())
+
+
+async def test_a_task_that_opens_scope_after_scope_keeps_none_of_them() -> None:
+    """Promise 14: a worker, a consumer of messages, a command."""
+
+    @request_scoped
+    async def db() -> AsyncIterator[object]:
+        yield object()
+
+    closed: list[weakref.ref[Scope]] = []
+    for _ in range(3):
+        async with request_scope() as scope:
+            await asyncio.gather(db(), db())  # in child tasks, so by a keeper
+        closed.append(weakref.ref(scope))
+    del scope
+    gc.collect()
+    assert [one() for one in closed] == [None] * 3
+
+
+@pytest.mark.parametrize("how", ["the end of the scope", "release"])
+def test_a_value_whose_finalizer_asks_for_it_goes(how: str) -> None:
+    """Promise 24: as where it logs, through a filter that asks for the tenant."""
+    answers: list[str] = []
+
+    class Tenant:
+        def __del__(self) -> None:
+            try:
+                answers.append(type(tenant()).__name__)
+            except ScopeClosedError:
+                answers.append("closed")
+
+    makers: list[Callable[[], object]] = [Tenant, lambda: "another"]
+
+    @request_scoped
+    def tenant() -> object:
+        return makers.pop(0)()
+
+    with request_scope():
+        tenant()
+        if how == "release":
+            tenant.release()
+            gc.collect()
+            assert answers == ["str"]
+    gc.collect()
+    assert answers == (["str"] if how == "release" else ["closed"])
 
 
 async def test_a_record_that_is_gone_keeps_nothing() -> None:

@@ -5,6 +5,7 @@ import contextvars
 import copy
 import inspect
 import pickle
+import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,7 +31,7 @@ from scoped import (
     request_scoped,
 )
 from scoped.core import errors as exceptions
-from scoped.core import first_use
+from scoped.core.current import as_current
 from scoped.core.scope import Scope
 
 
@@ -184,6 +185,33 @@ async def test_scope_closed_error_in_a_teardown() -> None:
         await db()
         await late()
     assert len(caught) == 1  # what is set up is there
+
+
+def test_scope_closed_error_in_a_thread_that_is_no_teardown() -> None:
+    """It comes while the scope closes, in sync code, where no task says who is who."""
+    answers: list[ScopeClosedError] = []
+
+    @request_scoped
+    def other() -> None: ...
+
+    def asks() -> None:
+        with pytest.raises(ScopeClosedError) as caught:
+            other()
+        answers.append(caught.value)
+
+    @request_scoped
+    def slow() -> Iterator[None]:
+        yield
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(asks,))
+        thread.start()
+        thread.join()
+        asks()
+
+    with request_scope():
+        slow()
+    stray, own = answers
+    assert "finish the work before the request ends" in str(stray)
+    assert "ask for it before the `yield`" in str(own)
 
 
 async def test_scope_closed_error_of_a_lifespan() -> None:
@@ -353,7 +381,8 @@ async def of_every_kind() -> list[ScopedError]:
 
 
 async def set_up_in(resource: Any, scope: Any) -> None:
-    await first_use.get(scope, resource.resource)
+    with as_current(scope):
+        await resource()
 
 
 def sent(error: Any, protocol: int | None = None) -> Any:

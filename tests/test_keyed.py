@@ -3,6 +3,8 @@
 """
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -14,6 +16,8 @@ from scoped import (
     ScopeClosedError,
     TeardownError,
     inspect,
+    lifespan_scope,
+    lifespan_scoped,
     request_scope,
     request_scoped,
 )
@@ -229,3 +233,112 @@ async def test_outside_any_scope_there_is_nothing_to_release() -> None:
     await lock.release("a")
     price.release("bread")
     assert log == []
+
+
+class Equal:
+    """Of one hash with all of its kind, and compared as long as it can be."""
+
+    can_be = True
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        if not Equal.can_be:
+            raise LookupError("the session has ended")
+        return self is other
+
+
+@pytest.fixture
+def _can_be_compared() -> Iterator[None]:
+    yield
+    Equal.can_be = True
+
+
+@request_scoped(keyed=True)
+def of_sync(key: Equal) -> Iterator[int]:
+    log.append("+sync")
+    yield id(key)
+    log.append("-sync")
+
+
+@request_scoped(keyed=True)
+async def of_async(key: Equal) -> AsyncIterator[int]:
+    log.append("+async")
+    yield id(key)
+    log.append("-async")
+
+
+@pytest.mark.usefixtures("_can_be_compared")
+async def test_keys_that_cannot_be_compared_any_more_are_torn_down() -> None:
+    """Promise 8."""
+    keys = [Equal(), Equal(), Equal()]
+    async with request_scope() as scope:
+        for key in keys:
+            assert of_sync(key) == await of_async(key) == id(key)
+        Equal.can_be = False
+        with pytest.raises(LookupError, match="session"):
+            await of_async(Equal())
+    assert log == ["+sync", "+async"] * 3 + ["-async", "-sync"] * 3
+    assert scope.is_over
+    assert not scope.records
+
+
+@pytest.mark.usefixtures("_can_be_compared")
+async def test_a_set_up_that_fails_with_keys_that_cannot_be_compared_leaves_nothing() -> None:
+    @request_scoped(keyed=True)
+    async def fails(key: Equal, *, which: list[Equal] = []) -> None:  # noqa: B006 (to tell them)
+        which.append(key)
+        if len(which) == 2:
+            Equal.can_be = False
+            raise ValueError("of the factory")
+
+    async with request_scope() as scope:
+        await fails(Equal())
+        with pytest.raises(ValueError, match="of the factory"):
+            await fails(Equal())
+        assert len(scope.records) == 1
+
+
+class Asker:
+    """A request, say, that is part of a key."""
+
+
+async def test_nobody_keeps_the_key_of_who_was_the_first_to_ask() -> None:
+    """Promise 14: what lives as long as the server was asked for by a request's factory."""
+
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[str]:
+        yield "pool"
+
+    @request_scoped(keyed=True)
+    async def permissions(asker: Asker) -> str:
+        return await pool()
+
+    async with lifespan_scope():
+        asker: Asker | None = Asker()
+        kept = weakref.ref(asker)
+        async with request_scope():
+            assert await permissions(asker) == "pool"
+        asker = None
+        gc.collect()
+        assert kept() is None
+
+
+async def test_a_task_that_outlives_its_factory_keeps_no_key() -> None:
+    """Promise 14."""
+    goes_on = asyncio.Event()
+
+    @request_scoped(keyed=True)
+    async def starts(asker: Asker) -> "asyncio.Task[bool]":
+        return asyncio.create_task(goes_on.wait())
+
+    asker: Asker | None = Asker()
+    kept = weakref.ref(asker)
+    async with request_scope():
+        task = await starts(asker)
+    asker = None
+    gc.collect()
+    assert kept() is None
+    goes_on.set()
+    await task

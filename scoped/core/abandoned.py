@@ -4,7 +4,9 @@ Their keepers would wait for ever when the event loop ends, so a guard closes th
 """
 
 import asyncio
+from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING
 
 from scoped.core.waits import set_done
@@ -14,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["dismiss", "guards", "watch_over"]
 
-# What a guard waits for, by the scope that it closes at the event loop's end.
-guards: "dict[Scope, asyncio.Future[None]]" = {}
+# How each scope that is watched over is no more.
+guards: "dict[Scope, Callable[[], object]]" = {}
 _closing: "set[asyncio.Task[None]]" = set()
 
 
@@ -25,22 +27,34 @@ def watch_over(scope: "Scope") -> None:
         return
     if (owner := scope.owner) is None or owner.done():
         _post(scope)
-    else:
-        owner.add_done_callback(lambda _: watch_over(scope), context=Context())
+        return
+
+    def gone(_: object) -> None:
+        guards.pop(scope, None)
+        watch_over(scope)
+
+    owner.add_done_callback(gone, context=Context())
+    # The owner may live for long, and see many scopes.
+    guards[scope] = partial(owner.remove_done_callback, gone)
 
 
 def dismiss(scope: "Scope") -> None:
-    if (over := guards.pop(scope, None)) is not None:
-        loop = over.get_loop()
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(set_done, over)
+    if (stop := guards.pop(scope, None)) is not None:
+        stop()
 
 
 def _post(scope: "Scope") -> None:
-    over = guards[scope] = asyncio.get_running_loop().create_future()
+    over = asyncio.get_running_loop().create_future()
+    guards[scope] = partial(_send_home, over)
     # Nobody knows of this task: so whoever cancels it cancels all, for the event loop ends.
     task = Context().run(asyncio.create_task, _guard(scope, over))
     task.add_done_callback(lambda task: _ended(scope, task), context=Context())
+
+
+def _send_home(over: "asyncio.Future[None]") -> None:
+    loop = over.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(set_done, over)
 
 
 async def _guard(scope: "Scope", over: "asyncio.Future[None]") -> None:

@@ -17,6 +17,7 @@ the highest is torn down first.
 """
 
 import sys
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from scoped.core.current import current
@@ -43,11 +44,21 @@ _taking = fork_safe_lock()
 class Books:
     """One half of a scope: what it holds. The other is its life, ``Scope``, which opens them."""
 
-    __slots__ = ("_state", "ending", "has_responded", "is_open", "owner", "records", "version")
+    __slots__ = (
+        "_state",
+        "ending",
+        "has_responded",
+        "is_open",
+        "owner",
+        "records",
+        "thread",
+        "version",
+    )
 
     _state: str  # "new", "open", "closing" or "closed"
     is_open: bool  # which is asked for all the time
     has_responded: bool
+    thread: int  # that of its event loop, or of the sync code that opened it
     owner: "asyncio.Task[Any] | None"  # which runs async factories inline
     records: "dict[Resource[Any], Record]"
     # What is being torn down and must be waited for, each with the record whose own teardown has
@@ -133,8 +144,11 @@ class Books:
 
     def fail(self, record: Record, error: BaseException) -> None:
         """It could not be set up. Nothing of it stays behind."""
-        if self.records.get(record.resource) is record:
-            del self.records[record.resource]
+        try:
+            if self.records.get(record.resource) is record:
+                del self.records[record.resource]
+        except Exception:
+            self._take_out(record)
         record.state = GONE
         record.settle(Outcome(None, error, error.__traceback__))
         record.gone()
@@ -145,11 +159,16 @@ class Books:
         goes with the record, so no lock holds several tables together.
         """
         try:
+            value = record.value  # its finalizer may ask for anything, so it comes last
             del record.value
         except AttributeError:
             return False
         record.state = ENDING
-        self.records.pop(record.resource, None)  # a fork empties them
+        try:
+            self.records.pop(record.resource, None)  # a fork empties them
+        except Exception:
+            self._take_out(record)
+        del value
         return True
 
     if not getattr(sys, "_is_gil_enabled", lambda: True)():  # pragma: no cover (free threads)
@@ -162,6 +181,12 @@ class Books:
                 taken = self._take_unlocked(record)
             del value
             return taken
+
+    def _take_out(self, record: Record) -> None:
+        """Where another key cannot be compared with its own, as one of the same hash is."""
+        object.__setattr__(record.resource, "is_leaving", True)
+        if self.records.get(record.resource) is record:
+            del self.records[record.resource]
 
     def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
         """
@@ -187,7 +212,9 @@ class Books:
         if not (self.has_responded and resource.lifetime is RESPONSE):
             here = current.get()
             in_teardown = (isinstance(here, Record) and here.state == ENDING) or (
-                self._state == "closing" and self.owner is current_task()
+                self._state == "closing"
+                and self.owner is current_task()
+                and self.thread == get_ident()
             )
             return ScopeClosedError(resource, self, in_teardown=in_teardown)
         return ScopeClosedError(

@@ -6,6 +6,7 @@ task, it runs in a keeper. A sync factory runs in the thread that asks.
 """
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from threading import get_ident
 from time import perf_counter
@@ -235,13 +236,12 @@ def get_nowait(resource: "Resource[Any]") -> Any:
     scope = scope_for(resource)
     if scope.sync_only:
         scope.check_loop(resource)  # says that there is none
-    try:
-        value = scope.records[resource].value
-    except (KeyError, AttributeError):
-        pass
-    else:
-        scope.begin(resource, asker_here())  # notes who asks
-        return value
+    if resource in scope.records:
+        record, is_new = scope.begin(resource, asker_here())  # notes who asks
+        if is_new:  # another thread has released it since the look
+            scope.fail(record, asyncio.CancelledError())
+        with suppress(AttributeError):
+            return record.value
     if not scope.takes(resource):
         raise scope.closed_error(resource)
     raise AsyncResourceError(

@@ -79,6 +79,7 @@ class Keeper:
             await set_up()
         except (Exception, asyncio.CancelledError):
             return  # told to those who wait
+        del set_up  # it knows who has asked first
         if record.generator is None:
             return
         failure = await self.wait_for_verdict(record.scope)

@@ -63,9 +63,10 @@ class KeyedResource(Resource[T_co]):
     and equal to any other of the same. Shows no argument, which may be a secret.
     """
 
-    __slots__ = ("_hash", "key", "keyed")
+    __slots__ = ("_hash", "is_leaving", "key", "keyed")
 
     _hash: int
+    is_leaving: bool  # then it is found by its identity alone
     keyed: Resource[T_co]
     key: tuple[Any, ...]
 
@@ -85,11 +86,13 @@ class KeyedResource(Resource[T_co]):
         put(self, "start", partial(keyed.factory.start, *key))
         put(self, "keyed", keyed)
         put(self, "key", key)
+        put(self, "is_leaving", False)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, KeyedResource)
             and other.keyed is self.keyed  # pyright: ignore[reportUnknownMemberType]
+            and not (self.is_leaving or other.is_leaving)
             and other.key == self.key
         )
 

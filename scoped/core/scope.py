@@ -55,13 +55,11 @@ class Scope(Books):
         "opened",
         "request",
         "sync_only",
-        "thread",
     )
 
     # From its opening on.
     loop: asyncio.AbstractEventLoop | None
     opened: float  # by perf_counter(), in seconds
-    thread: int  # that of its event loop, or of the sync code that opened it
 
     lifetime: ClassVar[Lifetime]
     owns_set_ups: ClassVar[bool] = False  # whether its owner runs factories inline

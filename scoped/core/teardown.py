@@ -97,13 +97,14 @@ def _over(
 ) -> None:
     if outer is not None and current.get() is record:
         current.set(outer)
+    resource = record.resource
     record.gone()
     if error is not None:
         if isinstance(error, Exception):
-            note(error, f"while {record.resource} was torn down")
+            note(error, f"while {resource} was torn down")
         problems.append(error)
     if began and (told := observer.observer) is not None:
-        told.resource_torn_down(record.resource, record.scope, perf_counter() - began, error)
+        told.resource_torn_down(resource, record.scope, perf_counter() - began, error)
 
 
 def end_all(
