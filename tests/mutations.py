@@ -779,8 +779,8 @@ MUTATIONS = [
         "a circle is looked for before it is noted",
         (
             "core/record",
-            "        needs[waiter] = other\n        if other.needs and (circle := other.way_to(self)):\n            needs.pop(waiter, None)\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n",
-            "        if other.needs and (circle := other.way_to(self)):\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n        __import__('time').sleep(0.0001)\n        needs[waiter] = other\n",
+            "        self.note_need(other, waiter)\n        if other.needs and (circle := other.way_to(self)):\n            self.got(waiter)\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n",
+            "        if other.needs and (circle := other.way_to(self)):\n            raise CircularResourceError([step.resource for step in [self, *circle]])\n        __import__('time').sleep(0.0001)\n        self.note_need(other, waiter)\n",
         ),
     ),
     mutation(
@@ -1127,10 +1127,34 @@ MUTATIONS = [
     mutation(
         "a release that a teardown asks for waits for the one around it",
         (
-            "core/teardown",
-            "        mine.add(here)\n        here = ending.get(here)\n",
-            "        here = None\n",
+            "core/release",
+            "                    self.asker.note_need(record, record)\n",
+            "                    pass\n",
         ),
+    ),
+    mutation(
+        "a release waits for the teardown that waits for it",
+        (
+            "core/teardown",
+            "if record.state != GONE and not _leads_to(record, here)",
+            "if record.state != GONE and record is not here",
+        ),
+    ),
+    mutation(
+        "what a teardown asks for is not known to be waited for by it",
+        ("core/current", "here.state in (STARTING, ENDING)", "here.state == STARTING"),
+    ),
+    mutation(
+        "a release that waits already is not told that a teardown waits for it",
+        (
+            "core/record",
+            "            record.settle(None)  # who waits",
+            "            pass  # who waits",
+        ),
+    ),
+    mutation(
+        "a teardown is a user of what it asks for",
+        ("core/books", "if asker is not None and asker.state == ENDING:", "if False:"),
     ),
     mutation(
         "a thread's set-up is given what is about to go",
@@ -1168,8 +1192,8 @@ MUTATIONS = [
         "what a thread has just taken is not waited for",
         (
             "core/teardown",
-            "not in mine and record.state != GONE]",
-            "not in mine and record.state == ENDING]",
+            "if record.state != GONE and not _leads_to(record, here)",
+            "if record.state == 2 and not _leads_to(record, here)",
         ),
     ),
     mutation(
@@ -1740,14 +1764,13 @@ MUTATIONS = [
         "signals do not tell who asked",
         (
             "core/first_use",
-            "asked_by = None if asker is None else asker.resource",
-            "asked_by = None",
+            "    return None if asker is None or asker.state == ENDING else asker.resource\n",
+            "    return None\n",
         ),
-        (
-            "core/first_use",
-            "        asked_by = asker.resource\n",
-            "        pass\n",
-        ),
+    ),
+    mutation(
+        "signals tell of a teardown as of a factory that asks",
+        ("core/first_use", "None if asker is None or asker.state == ENDING else", "asker and"),
     ),
 ]
 

@@ -543,12 +543,12 @@ class TestRelease:
 
             __slots__ = ()
 
-            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+            def take_and_tell(self, record: Record) -> bool:
                 if threading.get_ident() == here and not going.is_set():
                     come.set()
                     assert going.wait(DEADLINE)
                     threading.Timer(0.05, go_on.set).start()
-                return super().take_and_tell(record, released_by)
+                return super().take_and_tell(record)
 
         base = logged("base", log)
 
@@ -601,11 +601,11 @@ class TestRelease:
 
             __slots__ = ()
 
-            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+            def take_and_tell(self, record: Record) -> bool:
                 if threading.get_ident() == here and not others:
                     others.append(in_thread(user.release, contextvars.copy_context()))
                     assert taken.wait(DEADLINE)
-                return super().take_and_tell(record, released_by)
+                return super().take_and_tell(record)
 
         @request_scoped
         def base() -> Iterator[str]:
@@ -1016,10 +1016,10 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+            def take_and_tell(self, record: Record) -> bool:
                 about.set()
                 assert come.wait(DEADLINE)
-                return super().take_and_tell(record, released_by)
+                return super().take_and_tell(record)
 
             def take(self, record: Record) -> bool:
                 if threading.get_ident() != here:
@@ -1373,10 +1373,10 @@ class TestThreadsAtTheMomentOfClosing:
 
             __slots__ = ()
 
-            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+            def take_and_tell(self, record: Record) -> bool:
                 used.set()
                 assert come.wait(DEADLINE)
-                return super().take_and_tell(record, released_by)
+                return super().take_and_tell(record)
 
         thread = closed_beside_a_thread(kind, Overtaken("the request scope"), base, use, used)
         thread.join(DEADLINE)
@@ -1469,10 +1469,10 @@ class TestThreadsAtTheMomentOfClosing:
                 assert complete.wait(DEADLINE)
                 await super().stop(lifetime, problems)
 
-            def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+            def take_and_tell(self, record: Record) -> bool:
                 complete.set()
                 assert over.wait(DEADLINE)
-                return super().take_and_tell(record, released_by)
+                return super().take_and_tell(record)
 
         thread = closed_beside_a_thread(kind, Closing("the request scope"), base, user, begun)
         thread.join(DEADLINE)

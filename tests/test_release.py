@@ -15,6 +15,7 @@ from django.test import override_settings
 
 from scoped import (
     AsyncResourceError,
+    CircularResourceError,
     NoScopeError,
     ScopeClosedError,
     TeardownError,
@@ -363,6 +364,151 @@ async def test_a_factory_may_release_what_it_has_used():
     async with request_scope():
         assert await outer() == "config of db 1"
         assert log == ["db 1"]
+
+
+@WHERE
+@pytest.mark.parametrize("who", ["teardown", "child"])
+async def test_a_factory_that_a_teardown_asks_for_may_release_what_it_has_used(where, who):
+    """The teardown waits for it, so it does not wait for the teardown. Promise 4."""
+    extra = resource("extra")
+    db = resource("db", pause=extra.release)
+
+    @request_scoped
+    async def report():
+        value = await in_child(db)  # which any task may release
+        await asyncio.sleep(0)
+        await db.release()
+        return f"report of {value}"
+
+    async def asks():
+        log.append(await (report() if who == "teardown" else in_child(report)))
+
+    audit = resource("audit", pause=asks)
+    async with request_scope():
+        await in_child(extra)
+        await first_use(audit, where)
+        async with asyncio.timeout(5):
+            await audit.release()
+        assert log == ["extra 1", "db 1", "report of db 1", "audit 1"]
+
+
+@WHERE
+async def test_nor_does_it_wait_for_what_goes_at_the_response(where):
+    db = resource("db")
+
+    @request_scoped
+    async def report():
+        await db()
+        await db.release()
+        return number("report")
+
+    async def asks():
+        await asyncio.sleep(0)
+        await report()
+
+    audit = resource("audit", pause=asks, until="response")
+    async with request_scope() as scope:
+        await first_use(audit, where)
+        async with asyncio.timeout(5):
+            await scope.end_response()
+        assert log == ["db 1", "audit 1"]
+
+
+@pytest.mark.parametrize("thread", ["here", "another"])
+async def test_in_sync_code_such_a_release_is_not_refused(thread):
+    tenant = sync_resource("tenant")
+
+    @request_scoped
+    def report():
+        value = tenant()
+        tenant.release()
+        return f"report of {value}"
+
+    @request_scoped
+    def audit():
+        yield
+        log.append(report())
+
+    def use_and_release():
+        audit()
+        audit.release()
+
+    async with request_scope():
+        if thread == "here":
+            use_and_release()
+        else:
+            await sync_to_async(use_and_release)()
+        assert log == ["tenant 1", "report of tenant 1"]
+
+
+async def test_a_release_that_waits_for_a_teardown_goes_on_when_that_needs_what_it_is_part_of():
+    waits = asyncio.Event()
+    db = resource("db")
+
+    @request_scoped
+    async def report():
+        await db()
+        waits.set()
+        await db.release()
+        return "report"
+
+    between = resource("between", report)
+
+    async def ask():
+        await waits.wait()
+        await turns()
+        assert log == []
+        await between()
+
+    audit = resource("audit", pause=ask)
+    async with request_scope():
+        await in_child(audit)
+        releasing = asyncio.create_task(audit.release())
+        await turns()
+        reporting = asyncio.create_task(report())
+        async with asyncio.timeout(5):
+            await releasing
+            assert await reporting == "report"
+        assert log == ["db 1", "audit 1"]
+
+
+@WHERE
+async def test_a_teardown_that_needs_what_waits_for_its_end_is_a_circle(where):
+    """Promise 4: it never hangs."""
+
+    async def ask():
+        await asyncio.sleep(0)
+        await report()
+
+    db = resource("db", pause=ask)
+
+    @request_scoped
+    async def report():
+        await first_use(db, where)
+        await db.release()
+
+    async with request_scope():
+        async with asyncio.timeout(5):
+            with pytest.raises(TeardownError) as caught:
+                await report()
+        (error,) = caught.value.exceptions
+        assert isinstance(error, CircularResourceError)
+        names = [one.factory.name.rpartition(".")[2] for one in error.circle]
+        assert names == ["db", "report", "db"]
+
+
+async def test_a_teardown_is_no_user_of_what_it_asks_for():
+    """So it may ask for what does not live as long, while that is there."""
+    transaction = resource("transaction", until="response")
+
+    async def ask():
+        assert await transaction() == "transaction 1"
+
+    db = resource("db", pause=ask)
+    async with request_scope():
+        await db()
+        await db.release()
+    assert log == ["db 1", "transaction 1"]
 
 
 # Failures

@@ -61,9 +61,8 @@ class Books:
     thread: int  # that of its event loop, or of the sync code that opened it
     owner: "asyncio.Task[Any] | None"  # which runs async factories inline
     records: "dict[Resource[Any], Record]"
-    # What is being torn down and must be waited for, each with the record whose own teardown has
-    # released it, if so. Made when it is needed.
-    ending: dict[Record, Record | None] | None
+    # What is being torn down and must be waited for. Made when it is needed.
+    ending: dict[Record, None] | None
     version: int  # another one when, during a release, anything is complete or used
 
     @property
@@ -81,6 +80,8 @@ class Books:
         threads. Raises ScopeClosedError where the scope takes it no more, LifetimeError where it
         would end before what asks for it.
         """
+        if asker is not None and asker.state == ENDING:
+            asker = None  # what a teardown asks for goes after it, or has nothing to do with it
         record = self.records.get(resource)
         if (not self.is_open or self.has_responded) and (
             not self.takes(resource) and (record is None or record.state != HELD)
@@ -188,20 +189,19 @@ class Books:
         if self.records.get(record.resource) is record:
             del self.records[record.resource]
 
-    def take_and_tell(self, record: Record, released_by: Record | None = None) -> bool:
+    def take_and_tell(self, record: Record) -> bool:
         """
         As ``take()``, where others may come meanwhile: threads, or the end of the scope. They wait
         for what is in ``ending``, where it is from before the claim on, until it has gone.
         """
-        ending = self.table_of_ending()
-        ending[record] = released_by
+        (ending := self.table_of_ending())[record] = None
         if self.take(record):
             return True
         if record.state == GONE:  # else it goes from there when whoever has taken it is done
             ending.pop(record, None)
         return False
 
-    def table_of_ending(self) -> dict[Record, Record | None]:
+    def table_of_ending(self) -> dict[Record, None]:
         if (ending := self.ending) is None:
             with _lock:
                 if (ending := self.ending) is None:  # pragma: no branch (another thread has, since)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from scoped.core.record import STARTING, Record
+from scoped.core.record import ENDING, STARTING, Record
 
 if TYPE_CHECKING:
     from scoped.core.scope import Scope
@@ -37,6 +37,6 @@ def as_current(scope: "Scope") -> Generator[None]:
 
 
 def asker_here() -> Record | None:
-    """The resource whose set-up the code at hand is a part of."""
+    """The resource whose set-up or teardown the code at hand is a part of."""
     here = current.get()
-    return here if type(here) is Record and here.state == STARTING else None
+    return here if type(here) is Record and here.state in (STARTING, ENDING) else None

@@ -23,7 +23,7 @@ from scoped.core.errors import (
 )
 from scoped.core.lookup import scope_for
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
-from scoped.core.record import HELD, STARTING, Latch, Outcome, Record
+from scoped.core.record import ENDING, HELD, STARTING, Latch, Outcome, Record
 from scoped.core.resource import LIFESPAN
 from scoped.core.waits import running_loop, sync_parent
 
@@ -86,7 +86,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
     try:
         if is_new:
             record.place = keeper = Keeper(record)
-            asked_by = None if asker is None else asker.resource
+            asked_by = _whose_factory(asker)
             keeper.start(partial(set_up, record, None, asked_by), record.scope.context())
         elif record.state != STARTING and not waiter.done():
             return None  # pragma: no cover (it has gone since begin(): a thread's doing)
@@ -163,11 +163,12 @@ async def set_up(
     outer = current.get()
     blocked = asker
     if asker is not None:
-        asked_by = asker.resource
+        if began:
+            asked_by = _whose_factory(asker)
     elif scope.around is not None and record.place is None:
         blocked = _set_up_around()
     if blocked is not None:
-        blocked.need(record, record)
+        blocked.note_need(record, record)  # it is new, and so waits for nothing yet
     current.set(record)
     try:
         generator, coming = record.resource.start()
@@ -218,6 +219,11 @@ def _explained(record: Record, error: BaseException) -> BaseException:
     if isinstance(error, Exception) and not isinstance(error, ScopedError):
         note(error, f"while {record.resource} was set up")
     return error
+
+
+def _whose_factory(asker: Record | None) -> "Resource[Any] | None":
+    """Asks for it; None if a teardown does."""
+    return None if asker is None or asker.state == ENDING else asker.resource
 
 
 def _tell(
@@ -320,12 +326,13 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         context = scope.context()
         record.place = Thread(context)
     began = 0.0 if observer.observer is None else perf_counter()
+    asked_by = _whose_factory(asker)
     outer = current.get()
     blocked = asker
     if asker is None and scope.around is not None:
         blocked = _set_up_around()
     if blocked is not None:
-        blocked.need(record, record)
+        blocked.note_need(record, record)
     try:
         if context is None:
             current.set(record)
@@ -338,7 +345,7 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         error = _explained(record, raised)
         scope.fail(record, error)
         if began:
-            _tell(record, began, error, None if asker is None else asker.resource)
+            _tell(record, began, error, asked_by)
         del error
         raise
     finally:
@@ -347,7 +354,7 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         if blocked is not None:
             blocked.got(record)
     if began:
-        _tell(record, began, None, None if asker is None else asker.resource)
+        _tell(record, began, None, asked_by)
     return value
 
 

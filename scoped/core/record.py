@@ -77,8 +77,8 @@ class Record:
         self.generator: Any = None
         # Where the generator lives, if not with the scope's owner.
         self.place: Keeper | Thread | None = None
-        # All that its factory has asked for; what it waits for right now, by what waits. Noted on
-        # who asks: what lives long would else know every user it ever had.
+        # All that its factory has asked for; what its set-up or teardown waits for right now, by
+        # what waits. Noted on who asks: what lives long would else know every user it ever had.
         self.uses: dict[Record, None] | None = None
         self.needs: dict[object, Record] | None = None
         # Who waits for its set-up, or for its end: futures of tasks, latches of threads.
@@ -144,19 +144,25 @@ class Record:
         """As it is now: another thread may go on with it, or be done."""
         return list(self.uses or ())
 
-    def need(self, other: "Record", waiter: object) -> None:
-        """
-        Its factory waits for the other. Raises CircularResourceError where that one waits
-        for this; noted before the look, so that of two threads which close a circle one sees it.
-        """
+    def note_need(self, other: "Record", waiter: object) -> None:
+        """Its factory, or its teardown, waits for the other's set-up or end: until ``got()``."""
         if (needs := self.needs) is None:
             with _lock:
                 if (needs := self.needs) is None:  # pragma: no branch (another thread has, since)
                     needs = self.needs = {}
         needs[waiter] = other
+
+    def need(self, other: "Record", waiter: object) -> None:
+        """
+        As above, for what is being set up. Raises CircularResourceError where that waits for
+        this; noted before the look, so that of two threads which close a circle one sees it.
+        """
+        self.note_need(other, waiter)
         if other.needs and (circle := other.way_to(self)):
-            needs.pop(waiter, None)
+            self.got(waiter)
             raise CircularResourceError([step.resource for step in [self, *circle]])
+        for record in list(self.scope.ending or ()):
+            record.settle(None)  # who waits for its end may be what it now waits for, and looks
 
     def got(self, waiter: object) -> None:
         if (needs := self.needs) is not None:

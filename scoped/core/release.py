@@ -6,9 +6,9 @@ order of completion. What nothing in it has to do with stays.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from scoped.core.current import asker_here, current, scope_here
+from scoped.core.current import asker_here, scope_here
 from scoped.core.errors import AsyncResourceError
-from scoped.core.record import ENDING, HELD, STARTING, Record
+from scoped.core.record import HELD, STARTING, Record
 from scoped.core.teardown import begin_end, raise_all, wait_for_others, wait_for_others_sync
 from scoped.core.waits import run_without_loop
 
@@ -59,9 +59,7 @@ class _Release:
         self.wanted = wanted
         self.scope = wanted.scope
         self.in_loop = in_loop
-        here = current.get()
-        # What is being torn down, and releases others by its own code.
-        self.released_by = here if isinstance(here, Record) and here.state == ENDING else None
+        self.asker = asker_here()
 
     async def run(self) -> None:
         problems: list[BaseException] = []
@@ -97,8 +95,12 @@ class _Release:
                 except AsyncResourceError as error:
                     problems.append(error)
                     return
-            if users and scope.take_and_tell(record := users.pop(), self.released_by):
+            if users and scope.take_and_tell(record := users.pop()):
+                if self.asker is not None:  # its own end, if it is ending, waits for this one's
+                    self.asker.note_need(record, record)
                 yield record
+                if self.asker is not None:
+                    self.asker.got(record)
             elif scope.is_open:
                 yield None
 
@@ -117,7 +119,7 @@ class _Release:
         doomed = self.users()
         for record in doomed:
             self.check_place(record)
-        gone, asker = set(doomed), asker_here()
+        gone, asker = set(doomed), self.asker
         for record in list(self.scope.records.values()):
             if (
                 record.state == STARTING

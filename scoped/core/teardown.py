@@ -77,8 +77,7 @@ async def _end(
     outer: "Scope | Record | None",
     problems: list[BaseException],
 ) -> None:
-    # Others wait for it, but not its own code. What has released it may be known.
-    record.scope.table_of_ending().setdefault(record, None)
+    record.scope.table_of_ending()[record] = None  # others wait for it, but not its own code
     raised: BaseException | None = None
     try:
         await rest
@@ -225,16 +224,14 @@ def _leads_to(record: Record, here: object) -> bool:
 
 
 def _others_ending(scope: "Scope") -> list[Record]:
-    """What is being torn down, but for what has led here: its own code asks."""
+    """What is being torn down, but for what waits for the code at hand, or has it as a part."""
     if not (ending := scope.ending):
         return []
     here = current.get()
-    mine: set[Record] = set()
-    while isinstance(here, Record) and here not in mine:
-        mine.add(here)
-        here = ending.get(here)
     # Not those alone which are ENDING: between the claim and that a thread may be interrupted.
-    return [record for record in list(ending) if record not in mine and record.state != GONE]
+    return [
+        record for record in list(ending) if record.state != GONE and not _leads_to(record, here)
+    ]
 
 
 async def wait_for_others(scope: "Scope") -> None:
