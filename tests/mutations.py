@@ -1125,6 +1125,26 @@ MUTATIONS = [
         ("core/release", "    await wait_for_others(scope)\n", ""),
     ),
     mutation(
+        "all who wait to release are woken at each end",
+        ("core/release", "    if asker_here() is not None:  # whom", "    if True:  # whom"),
+    ),
+    mutation(
+        "who came last releases first",
+        ("core/release", "turns.popitem(last=False)", "turns.popitem()"),
+    ),
+    mutation(
+        "a release that is cancelled as its turn comes keeps it",
+        (
+            "core/release",
+            "        else:  # it came in this moment\n            _end_turn(scope)\n",
+            "",
+        ),
+    ),
+    mutation(
+        "a release that a teardown waits for takes its turn",
+        ("core/release", "    if asker_here() is not None:  # whom", "    if False:  # whom"),
+    ),
+    mutation(
         "a release that a teardown asks for waits for the one around it",
         (
             "core/release",

@@ -1941,6 +1941,71 @@ class TestWorkIsLinear:
 
         self.check(work)
 
+    def test_releases_at_once_of_different_ones(self) -> None:
+        """In calls of functions and resumptions of coroutines: each that ends wakes the next."""
+
+        async def calls(count: int) -> int:
+            down: list[int] = []
+
+            @request_scoped(keyed=True)
+            async def lock(number: int) -> AsyncIterator[int]:
+                yield number
+                await asyncio.sleep(0)
+                down.append(number)
+
+            called = 0
+
+            def count_calls(_: object, event: str, __: object) -> None:
+                nonlocal called
+                called += event == "call"
+
+            async with request_scope():
+                for number in range(count):
+                    await asyncio.create_task(lock(number))
+                sys.setprofile(count_calls)
+                try:
+                    await asyncio.gather(*(lock.release(number) for number in range(count)))
+                finally:
+                    sys.setprofile(None)
+                assert down == list(range(count))
+            return called
+
+        with asyncio.Runner(debug=False) as runner:
+            few, many = (runner.run(calls(count)) for count in (20, 200))
+        assert many < 15 * few, (few, many)
+
+    @pytest.mark.parametrize("order", ["none", "first to last", "last to first", "mixed"])
+    def test_releases_that_wait_for_one_and_are_cancelled(self, order: str) -> None:
+        async def work(count: int) -> float:
+            go_on = asyncio.Event()
+
+            @request_scoped
+            async def db() -> AsyncIterator[str]:
+                yield "db"
+                await go_on.wait()
+
+            async with request_scope():
+                await asyncio.create_task(db())
+                tasks = [asyncio.create_task(db.release()) for _ in range(count)]
+                await turns(4)
+                began = time.thread_time()
+                cancelled = {
+                    "none": [],
+                    "first to last": tasks[1:],
+                    "last to first": tasks[:0:-1],
+                    "mixed": [*tasks[1::2], *tasks[2::2][::-1]],
+                }[order]
+                for task in cancelled:
+                    task.cancel()
+                await turns(4)
+                go_on.set()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                seconds = time.thread_time() - began
+                assert results.count(None) == count - len(cancelled)
+                return seconds
+
+        self.check(work)
+
     def test_needs_of_one_resource_are_looked_through_once_each(self) -> None:
         """A lattice has more ways through it than anybody can go."""
 

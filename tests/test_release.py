@@ -1066,6 +1066,52 @@ async def test_who_waits_for_a_release_may_be_cancelled_in_the_moment_it_ends():
     assert log == ["db 1", "other 1"]
 
 
+async def test_releases_take_their_turns_in_the_order_in_which_they_came():
+    paused = asyncio.Event()
+    first, last = resource("first", pause=paused.wait), resource("last")
+    middle = resource("middle", pause=turns)
+    async with request_scope():
+        for one in (first, middle, last):
+            await in_child(one)
+        releases = [asyncio.create_task(one.release()) for one in (first, middle, last)]
+        await turns()
+        assert log == []
+        paused.set()
+        await asyncio.gather(*releases)
+        assert log == ["first 1", "middle 1", "last 1"]
+
+
+@pytest.mark.parametrize("when", ["while it waits", "as its turn comes"])
+async def test_a_release_that_is_cancelled_leaves_its_turn_to_the_next(when):
+    paused = asyncio.Event()
+    one, two, three = resource("one", pause=paused.wait), resource("two"), resource("three")
+
+    async def release_and_cancel():
+        await one.release()
+        if when == "as its turn comes":
+            waiting.cancel()
+
+    async with request_scope():
+        for used in (one, two, three):
+            await in_child(used)
+        releasing = asyncio.create_task(release_and_cancel())
+        await turns()
+        waiting = asyncio.create_task(two.release())
+        last = asyncio.create_task(three.release())
+        await turns()
+        if when == "while it waits":
+            waiting.cancel()
+        paused.set()
+        async with asyncio.timeout(5):
+            await releasing
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await last
+        assert log == ["one 1", "three 1"]
+        await two.release()  # whose turn it is as before
+        assert log == ["one 1", "three 1", "two 1"]
+
+
 async def test_a_teardown_may_ask_for_what_is_not_set_up_yet():
     late = resource("late")
 

@@ -3,6 +3,8 @@ Gives resources back before their scope closes: one, and before it what has used
 order of completion. What nothing in it has to do with stays.
 """
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from scoped.core.current import asker_here, scope_here
 from scoped.core.errors import AsyncResourceError
 from scoped.core.record import HELD, STARTING, Record
 from scoped.core.teardown import begin_end, raise_all, wait_for_others, wait_for_others_sync
-from scoped.core.waits import run_without_loop
+from scoped.core.waits import run_without_loop, set_done
 
 if TYPE_CHECKING:
     from scoped.core.resource import Resource
@@ -28,6 +30,17 @@ async def release(resource: "Resource[Any]") -> None:
     if scope is None or not scope.is_open or not (resource in scope.records or scope.ending):
         return
     scope.check_loop(resource)
+    if asker_here() is not None:  # whom others may wait for: so it takes no turn
+        await _release(scope, resource)
+        return
+    await _take_turn(scope)
+    try:
+        await _release(scope, resource)
+    finally:
+        _end_turn(scope)
+
+
+async def _release(scope: "Scope", resource: "Resource[Any]") -> None:
     # One at a time: what two of them find they might tear down in any order.
     await wait_for_others(scope)
     if (wanted := _held(scope, resource)) is not None:
@@ -47,6 +60,35 @@ def release_sync(resource: "Resource[Any]") -> None:
             "Wait for that in async code, and release it then.",
         )
     run_without_loop(_Release(wanted, in_loop=False).run())
+
+
+# Who waits for a turn to release in a scope, the first first; there while it is somebody's. So each
+# who waits is woken once: all of them at each end would be work without bound. (An asyncio.Lock
+# looks through all who wait for each that is cancelled.)
+_turns: "dict[Scope, OrderedDict[asyncio.Future[None], None]]" = {}
+
+
+async def _take_turn(scope: "Scope") -> None:
+    if scope not in _turns:
+        _turns[scope] = OrderedDict()
+        return
+    turns = _turns[scope]
+    turns[turn := asyncio.get_running_loop().create_future()] = None
+    try:
+        await turn
+    except BaseException:
+        if turn in turns:
+            del turns[turn]
+        else:  # it came in this moment
+            _end_turn(scope)
+        raise
+
+
+def _end_turn(scope: "Scope") -> None:
+    if turns := _turns[scope]:
+        set_done(turns.popitem(last=False)[0])
+    else:
+        del _turns[scope]
 
 
 def _held(scope: "Scope", resource: "Resource[Any]") -> Record | None:
@@ -106,9 +148,12 @@ class _Release:
 
     def users(self) -> list[Record]:
         """What is to go when it goes, itself the first, in the order of completion."""
-        records = [one for one in list(self.scope.records.values()) if one.state == HELD]
+        wanted, records = self.wanted, list(self.scope.records.values())
+        if not [one for one in records if wanted in (one.uses or ())]:  # as is usual
+            return [wanted] if wanted.state == HELD else []
+        records = [one for one in records if one.state == HELD]
         records.sort(key=lambda record: record.number)
-        gone: set[Record] = {self.wanted}
+        gone: set[Record] = {wanted}
         for record in records:  # a user is complete after what it uses
             if not gone.isdisjoint(record.used):
                 gone.add(record)
