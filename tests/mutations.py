@@ -451,32 +451,32 @@ MUTATIONS = [
         "set-ups under way are not stopped",
         (
             "core/scope",
-            "if (cancellation := await stop_set_ups(self, lifetime)) is not None:\n",
-            "if (cancellation := None) is not None:\n",
+            "        cancellation = await stop_keepers(self, lifetime) if in_loop else None\n",
+            "        cancellation = None\n",
         ),
     ),
     mutation(
         "what threads set up with what a scope holds is not waited for",
         (
-            "core/teardown",
-            "    while records := _in_threads(scope, lifetime):\n        latch = LoopLatch()\n",
-            "    while records := []:\n        latch = LoopLatch()\n",
+            "core/scope",
+            "                await wait_for_threads(self, lifetime, deadline, in_loop=in_loop)\n",
+            "                if not in_loop:\n                    await wait_for_threads(self, lifetime, deadline, in_loop=in_loop)\n",
         ),
     ),
     mutation(
         "sync code does not wait for what threads set up with what its scope holds",
         (
-            "core/teardown",
-            "    while records := _in_threads(scope, lifetime):\n        latch = Latch()\n",
-            "    while records := []:\n        latch = Latch()\n",
+            "core/scope",
+            "                await wait_for_threads(self, lifetime, deadline, in_loop=in_loop)\n",
+            "                if in_loop:\n                    await wait_for_threads(self, lifetime, deadline, in_loop=in_loop)\n",
         ),
     ),
     mutation(
         "a thread that sets up for ever keeps the scope open",
         (
-            "core/teardown",
-            "            seconds = max(0, deadline - monotonic())\n",
-            "            seconds = None\n",
+            "core/scope",
+            "        deadline = monotonic() + self.teardown_timeout\n",
+            "        deadline = monotonic() + 1000\n",
         ),
     ),
     mutation(
@@ -645,7 +645,7 @@ MUTATIONS = [
     ),
     mutation(
         "who has stopped waiting stays among those who wait",
-        ("core/first_use", "        record.waiters.pop(waiter, None)\n", "        pass\n"),
+        ("core/record", "        self.waiters.pop(waiter, None)\n", "        pass\n"),
     ),
     mutation(
         "a set-up that has failed stays behind",
@@ -1122,7 +1122,7 @@ MUTATIONS = [
     ),
     mutation(
         "releases do not wait for each other",
-        ("core/release", "    await wait_for_others(scope)\n", ""),
+        ("core/release", "    await wait_for_others(scope, in_loop=True)\n", ""),
     ),
     mutation(
         "all who wait to release are woken at each end",
@@ -1224,8 +1224,8 @@ MUTATIONS = [
         "a release in sync code does not wait for what another thread has just taken",
         (
             "core/release",
-            "            wait_for_others_sync(self.scope, self.scope.teardown_timeout)\n",
-            "            pass\n",
+            "                await wait_for_others(self.scope, in_loop=self.in_loop)\n",
+            "                if self.in_loop:\n                    await wait_for_others(self.scope, in_loop=True)\n",
         ),
     ),
     mutation(
@@ -1274,11 +1274,10 @@ MUTATIONS = [
     ),
     mutation(
         "the end of a scope does not wait for a release",
-        ("core/scope", "                await wait_for_others(self)\n", "                pass\n"),
         (
             "core/scope",
-            "                problems.append(error)\n            else:\n                break\n",
-            "                problems.append(error)\n            break\n",
+            "                await wait_for_others(self, in_loop=in_loop)\n",
+            "                pass\n",
         ),
     ),
     mutation(
@@ -1563,7 +1562,7 @@ MUTATIONS = [
     ),
     mutation(
         "sync code releases while something else is torn down",
-        ("core/release", "    if not wait_for_others_sync(scope, 0):\n", "    if False:\n"),
+        ("core/release", "    if others_ending(scope):\n", "    if False:\n"),
     ),
     mutation(
         "sync code tears down what is async",

@@ -95,8 +95,7 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
             timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)
         return await waiter
     finally:
-        assert record.waiters is not None
-        record.waiters.pop(waiter, None)
+        record.forget(waiter)
         if blocked is not None:
             blocked.got(waiter)
         if timer is not None:
@@ -305,8 +304,7 @@ def _wait_for_thread(record: Record, asker: Record | None) -> Outcome | None:
             )
         return latch.outcome
     finally:
-        assert record.waiters is not None
-        record.waiters.pop(latch, None)
+        record.forget(latch)
         if blocked is not None:
             blocked.got(latch)
 

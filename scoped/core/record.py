@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -101,6 +102,11 @@ class Record:
                 if self.waiters is None:  # pragma: no branch (another thread has, since)
                     self.waiters = {}
         self.waiters[waiter] = None
+
+    def forget(self, waiter: "asyncio.Future[Any] | Latch") -> None:
+        """It waits no more, if it still does."""
+        assert self.waiters is not None
+        self.waiters.pop(waiter, None)
 
     def settle(self, outcome: "Outcome | None") -> None:
         """Tell those who wait, after the state has changed; None: it has gone."""
@@ -226,6 +232,10 @@ class Latch:
         self.outcome = outcome
         self.lock.release()
 
+    async def opened(self, seconds: float) -> bool:
+        """Wait so long at most; this one does so at once. Returns whether it has been opened."""
+        return self.lock.acquire(timeout=max(0, seconds))
+
 
 class LoopLatch(Latch):
     """Lets an event loop wait for what another thread does."""
@@ -239,3 +249,8 @@ class LoopLatch(Latch):
     def wake(self, outcome: "Outcome | None") -> None:  # noqa: ARG002
         with suppress(RuntimeError):  # the event loop has ended
             self.future.get_loop().call_soon_threadsafe(set_done, self.future)
+
+    async def opened(self, seconds: float) -> bool:
+        if seconds > 0:
+            await asyncio.wait([self.future], timeout=None if seconds == math.inf else seconds)
+        return self.future.done()

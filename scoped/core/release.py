@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from scoped.core.current import asker_here, scope_here
 from scoped.core.errors import AsyncResourceError
 from scoped.core.record import HELD, STARTING, Record
-from scoped.core.teardown import begin_end, raise_all, wait_for_others, wait_for_others_sync
+from scoped.core.teardown import begin_end, others_ending, raise_all, wait_for_others
 from scoped.core.waits import run_without_loop, set_done
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ async def release(resource: "Resource[Any]") -> None:
 
 async def _release(scope: "Scope", resource: "Resource[Any]") -> None:
     # One at a time: what two of them find they might tear down in any order.
-    await wait_for_others(scope)
+    await wait_for_others(scope, in_loop=True)
     if (wanted := _held(scope, resource)) is not None:
         await _Release(wanted, in_loop=True).run()
 
@@ -52,7 +52,7 @@ def release_sync(resource: "Resource[Any]") -> None:
     scope = scope_here()
     if scope is None or (wanted := _held(scope, resource)) is None:
         return
-    if not wait_for_others_sync(scope, 0):
+    if others_ending(scope):
         raise AsyncResourceError(
             resource,
             scope,
@@ -109,17 +109,11 @@ class _Release:
         version, users = self.scope.version, self.check()  # before anything changes
         for record in self.last_users_first(version, users, problems):
             if record is None:  # another thread has it: what it uses goes after it
-                await self.wait_for_others()
+                await wait_for_others(self.scope, in_loop=self.in_loop)
             elif (rest := begin_end(record, None, problems)) is not None:
                 await rest
         if problems:
             raise_all(self.scope, problems)
-
-    async def wait_for_others(self) -> None:
-        if self.in_loop:
-            await wait_for_others(self.scope)
-        else:
-            wait_for_others_sync(self.scope, self.scope.teardown_timeout)
 
     def last_users_first(
         self, version: int, users: list[Record], problems: list[BaseException]

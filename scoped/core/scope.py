@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Awaitable, Iterable, Iterator
 from contextvars import Context, copy_context
 from threading import get_ident
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from scoped.core import noted, observer
@@ -19,10 +19,9 @@ from scoped.core.resource import LIFESPAN, Lifetime
 from scoped.core.teardown import (
     end_all,
     raise_all,
-    stop_set_ups,
-    stop_set_ups_sync,
+    stop_keepers,
     wait_for_others,
-    wait_for_others_sync,
+    wait_for_threads,
 )
 from scoped.core.waits import current_task, is_cancelled, running_loop
 
@@ -232,19 +231,19 @@ class Scope(Books):
 
     async def stop(self, lifetime: Lifetime, problems: list[BaseException]) -> None:
         """Let set-ups, and what is being released, come to their end."""
-        if self.sync_only or running_loop() is None:
-            stop_set_ups_sync(self, lifetime)
-            wait_for_others_sync(self, self.teardown_timeout)
-            return
-        if (cancellation := await stop_set_ups(self, lifetime)) is not None:
-            problems.append(cancellation)
-        while self.ending:
+        in_loop = not self.sync_only and running_loop() is not None  # else there is no keeper
+        cancellation = await stop_keepers(self, lifetime) if in_loop else None
+        deadline = monotonic() + self.teardown_timeout
+        while True:
             try:
-                await wait_for_others(self)
+                await wait_for_threads(self, lifetime, deadline, in_loop=in_loop)
+                await wait_for_others(self, in_loop=in_loop)
             except asyncio.CancelledError as error:
-                problems.append(error)
+                cancellation = error
             else:
                 break
+        if cancellation is not None:
+            problems.append(cancellation)
 
     def _let_go(self, failure: BaseException | None) -> None:
         """Closed; of what has been, nothing is kept."""

@@ -4,7 +4,9 @@ cancelled on the way. Problems are collected, and raised once.
 """
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Iterator
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from operator import attrgetter
 from threading import get_ident
 from time import monotonic, perf_counter
@@ -25,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "begin_end",
     "end_all",
+    "others_ending",
     "raise_all",
-    "stop_set_ups",
-    "stop_set_ups_sync",
+    "stop_keepers",
     "wait_for_others",
-    "wait_for_others_sync",
+    "wait_for_threads",
 ]
 
 
@@ -151,11 +153,10 @@ _number = attrgetter("number")
 # Who is at work meanwhile
 
 
-async def stop_set_ups(scope: "Scope", lifetime: "Lifetime") -> asyncio.CancelledError | None:
+async def stop_keepers(scope: "Scope", lifetime: "Lifetime") -> asyncio.CancelledError | None:
     """
     What is being set up in a keeper is cancelled; again only when its end has taken as long as a
-    teardown may. A thread that sets up finds out itself, and is waited for as long, where
-    it uses what would else be torn down under it.
+    teardown may.
     """
     cancellation = None
     here = current.get()
@@ -176,28 +177,17 @@ async def stop_set_ups(scope: "Scope", lifetime: "Lifetime") -> asyncio.Cancelle
         )
         for keeper in keepers:
             keeper.is_unwanted = False  # it has had its time: once more
-    deadline = monotonic() + scope.teardown_timeout
-    while records := _in_threads(scope, lifetime):
-        latch = LoopLatch()
-        records[0].wait(latch)
-        if records[0].state == STARTING:  # pragma: no branch (a thread's doing, since the look)
-            seconds = max(0, deadline - monotonic())
-            cancellation = await outlast(latch.future, seconds=seconds) or cancellation
-            if not latch.future.done():
-                break
     return cancellation
 
 
-def stop_set_ups_sync(scope: "Scope", lifetime: "Lifetime") -> None:
-    """As above, in sync code, where no task can be at work."""
-    deadline = monotonic() + scope.teardown_timeout
-    while records := _in_threads(scope, lifetime):
-        latch = Latch()
-        records[0].wait(latch)
-        if records[0].state == STARTING and not latch.lock.acquire(
-            timeout=max(0, deadline - monotonic())
-        ):
-            break
+async def wait_for_threads(
+    scope: "Scope", lifetime: "Lifetime", deadline: float, *, in_loop: bool
+) -> None:
+    """
+    A thread that sets up finds out itself that the scope closes, and is waited for, where
+    it uses what would else be torn down under it.
+    """
+    await _until_none(partial(_in_threads, scope, lifetime), deadline, in_loop=in_loop)
 
 
 def _in_threads(scope: "Scope", lifetime: "Lifetime") -> list[Record]:
@@ -223,7 +213,7 @@ def _leads_to(record: Record, here: object) -> bool:
     return isinstance(here, Record) and record.way_to(here) is not None
 
 
-def _others_ending(scope: "Scope") -> list[Record]:
+def others_ending(scope: "Scope") -> list[Record]:
     """What is being torn down, but for what waits for the code at hand, or has it as a part."""
     if not (ending := scope.ending):
         return []
@@ -234,31 +224,23 @@ def _others_ending(scope: "Scope") -> list[Record]:
     ]
 
 
-async def wait_for_others(scope: "Scope") -> None:
-    """Until nothing else of the scope is being torn down."""
-    while others := _others_ending(scope):
-        latch = LoopLatch()
-        others[0].wait(latch)
-        if others[0].state != GONE:  # pragma: no branch (a thread's doing, since the look)
-            try:
-                await latch.future
-            finally:
-                waiters = others[0].waiters
-                assert waiters is not None
-                waiters.pop(latch, None)
+async def wait_for_others(scope: "Scope", *, in_loop: bool) -> None:
+    """Until nothing else of it is being torn down; sync code waits as long as a teardown may."""
+    deadline = math.inf if in_loop else monotonic() + scope.teardown_timeout
+    await _until_none(partial(others_ending, scope), deadline, in_loop=in_loop)
 
 
-def wait_for_others_sync(scope: "Scope", seconds: float) -> bool:
-    """As above, in sync code, which does not wait longer than that. Returns whether all is over."""
-    deadline = monotonic() + seconds
-    while others := _others_ending(scope):
-        latch = Latch()
-        others[0].wait(latch)
-        if others[0].state != GONE and not latch.lock.acquire(
-            timeout=max(0, deadline - monotonic())
-        ):
-            return False
-    return True
+async def _until_none(find: Callable[[], list[Record]], deadline: float, *, in_loop: bool) -> None:
+    """Wait for one after the other that it finds; sync code does so without its event loop."""
+    while found := find():
+        latch = LoopLatch() if in_loop else Latch()
+        found[0].wait(latch)
+        try:
+            # Looked for again now that it is told of: nobody is missed.
+            if found[0] in find() and not await latch.opened(deadline - monotonic()):
+                break
+        finally:
+            found[0].forget(latch)
 
 
 # What is raised
