@@ -319,8 +319,9 @@ class _Conversation:
     async def read_to_the_end(self) -> None:
         """A stream that nobody is sent (of a HEAD, say) may have none: then the client hangs up."""
         seconds = RequestScope.teardown_timeout if self.response.streaming else None
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 async for _ in self.parts():
                     pass
         except TimeoutError:

@@ -219,7 +219,8 @@ class LifespanScope(Scope):
     def _tell_of_end(self) -> None:
         """Those who wait for requests that have all ended. With the lock held."""
         for idle, around in self._idle.items():
-            if self._open_requests() <= around:
+            # Counted before: to look at all as each of them leaves would be work without bound.
+            if len(self._requests) <= len(around) and self._open_requests() <= around:
                 self.in_loop(set_done, idle)
 
     def in_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
