@@ -548,6 +548,26 @@ MUTATIONS = [
     ),
     # First use
     mutation(
+        "what fails at the end of the stack stays half-open",
+        (
+            "core/first_use",
+            "record.state = GONE  # first, and without a call: the stack may be at its end",
+            "pass",
+        ),
+    ),
+    mutation(
+        "what fails at the end of a sync stack stays half-open",
+        ("core/first_use", "record.state = GONE  # as above", "pass"),
+    ),
+    mutation(
+        "a sync set-up may fail before anybody sees it fail",
+        (
+            "core/first_use",
+            "    try:\n        if not scope.is_owner_here():\n            context = scope.context()\n            record.place = Thread(context)\n",
+            "    if not scope.is_owner_here():\n        context = scope.context()\n        record.place = Thread(context)\n    try:\n",
+        ),
+    ),
+    mutation(
         "an error that is copied is made anew, with other words",
         (
             "core/errors",
@@ -651,8 +671,8 @@ MUTATIONS = [
         "a set-up that has failed stays behind",
         (
             "core/books",
-            "        try:\n            if self.records.get(record.resource) is record:\n                del self.records[record.resource]\n        except",
-            "        try:\n            pass\n        except",
+            "        if record.state == GONE:\n            with _lock:",
+            "        if False:\n            with _lock:",
         ),
     ),
     mutation(
@@ -723,7 +743,7 @@ MUTATIONS = [
         "what is set up in a scope that a factory has opened is in no circle",
         (
             "core/first_use",
-            "    elif scope.around is not None and record.place is None:\n        blocked = _set_up_around()\n",
+            "        elif scope.around is not None and record.place is None:\n            blocked = _set_up_around()\n",
             "",
         ),
     ),
@@ -1468,8 +1488,8 @@ MUTATIONS = [
         "a key that cannot be compared hides why a set-up failed",
         (
             "core/books",
-            "                del self.records[record.resource]\n        except Exception:\n",
-            "                del self.records[record.resource]\n        except KeyError:\n",
+            "                        del self.records[record.resource]\n                except Exception:\n",
+            "                        del self.records[record.resource]\n                except KeyError:\n",
         ),
     ),
     mutation(

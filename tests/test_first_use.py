@@ -607,6 +607,67 @@ class TestWaitersAreInnocent:
             assert under_way(scope) == []
         assert log == ["begun", "begun"]
 
+    @pytest.mark.parametrize("frames", range(8))
+    async def test_at_the_end_of_the_stack_nothing_half_open_stays_behind(
+        self, frames: int
+    ) -> None:
+        """Be it reached in the factory, or in what tells of its failure."""
+        depth: list[int] = []
+
+        @request_scoped(keyed=True)
+        async def step(number: int) -> int:
+            if is_deep:
+                depth.append(number)
+                await step(number + 1)
+            return number
+
+        async def ask(frames: int) -> None:
+            await (ask(frames - 1) if frames else step(0))
+
+        is_deep = True
+        async with request_scope():
+            with pytest.raises(RecursionError):
+                await ask(frames)
+            assert under_way(current_scope()) == []
+            is_deep = False
+            async with asyncio.timeout(within(10)):
+                for number in range(max(depth) + 2):
+                    assert await step(number) == number
+
+    @pytest.mark.parametrize("frames", range(8))
+    @pytest.mark.parametrize("in_loop", [True, False])
+    async def test_nor_does_anything_of_a_sync_factory(self, frames: int, in_loop: bool) -> None:
+        depth: list[int] = []
+
+        @request_scoped(keyed=True)
+        def step(number: int) -> int:
+            if is_deep:
+                depth.append(number)
+                step(number + 1)
+            return number
+
+        def ask(frames: int) -> None:
+            if frames:
+                ask(frames - 1)
+            else:
+                step(0)
+
+        def fail_and_retry() -> None:
+            nonlocal is_deep
+            with pytest.raises(RecursionError):
+                ask(frames)
+            assert under_way(current_scope()) == []
+            is_deep = False
+            for number in range(max(depth) + 2):
+                assert step(number) == number
+
+        is_deep = True
+        async with request_scope():
+            if in_loop:
+                fail_and_retry()
+            else:
+                await sync_to_async(fail_and_retry)()
+
     async def test_a_factory_that_cancels_itself_does_not_make_its_asker_try_for_ever(self) -> None:
         log: list[str] = []
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Books"]
 
-# Held while a table is made that more than one thread may want to make.
+# Held while a table is made that more than one thread may want to make, and while a record that
+# has failed is taken out of one.
 _lock = fork_safe_lock()
 
 # Held while a record is taken, where Python has no global lock.
@@ -145,14 +146,23 @@ class Books:
 
     def fail(self, record: Record, error: BaseException) -> None:
         """It could not be set up. Nothing of it stays behind."""
-        try:
-            if self.records.get(record.resource) is record:
-                del self.records[record.resource]
-        except Exception:
-            self._take_out(record)
         record.state = GONE
+        self.forget(record)
         record.settle(Outcome(None, error, error.__traceback__))
         record.gone()
+
+    def forget(self, record: Record) -> None:
+        """
+        Where it has failed. Also by who finds it in the table, still: at the end of the stack
+        (RecursionError) who has set it up could mark it as failed, and call nothing more.
+        """
+        if record.state == GONE:
+            with _lock:  # of two that look at once none is to take away the next one's record
+                try:
+                    if self.records.get(record.resource) is record:
+                        del self.records[record.resource]
+                except Exception:
+                    self._take_out(record)
 
     def take(self, record: Record) -> bool:
         """

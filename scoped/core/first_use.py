@@ -23,7 +23,7 @@ from scoped.core.errors import (
 )
 from scoped.core.lookup import scope_for
 from scoped.core.place import Keeper, OwnThread, Thread, begin_finish, thread_here
-from scoped.core.record import ENDING, HELD, STARTING, Latch, Outcome, Record
+from scoped.core.record import ENDING, GONE, HELD, STARTING, Latch, Outcome, Record
 from scoped.core.resource import LIFESPAN
 from scoped.core.waits import running_loop, sync_parent
 
@@ -49,7 +49,7 @@ async def get(resource: "Resource[Any]") -> Any:
             try:
                 return record.value
             except AttributeError:
-                pass
+                scope.forget(record)
         if is_new and scope.owns_set_ups and scope.owner is asyncio.current_task():
             return await set_up(record, asker)
         outcome = await _wait(record, asker, is_new)
@@ -161,20 +161,21 @@ async def set_up(
     began = 0.0 if observer.observer is None else perf_counter()
     outer = current.get()
     blocked = asker
-    if asker is not None:
-        if began:
-            asked_by = _whose_factory(asker)
-    elif scope.around is not None and record.place is None:
-        blocked = _set_up_around()
-    if blocked is not None:
-        blocked.note_need(record, record)  # it is new, and so waits for nothing yet
-    current.set(record)
     try:
+        if asker is not None:
+            if began:
+                asked_by = _whose_factory(asker)
+        elif scope.around is not None and record.place is None:
+            blocked = _set_up_around()
+        if blocked is not None:
+            blocked.note_need(record, record)  # it is new, and so waits for nothing yet
+        current.set(record)
         generator, coming = record.resource.start()
         value = await coming
         if not scope.complete(record, generator, value):
             await _refuse(record)
     except BaseException as raised:
+        record.state = GONE  # first, and without a call: the stack may be at its end
         # Where the garbage collector has ended this, it is somebody else's Context.
         if current.get() is record:
             current.set(outer)
@@ -270,7 +271,7 @@ def get_sync(resource: "Resource[Any]") -> Any:
         try:
             return record.value
         except AttributeError:
-            pass
+            scope.forget(record)
         if record.state == STARTING:
             outcome = _wait_for_thread(record, asker)
             if outcome is not None and _is_for(outcome, record, is_new=False):
@@ -320,18 +321,18 @@ def _is_in_this_thread(record: Record) -> bool:
 def _set_up_sync(record: Record, asker: Record | None) -> Any:
     scope, resource = record.scope, record.resource
     context: Context | None = None
-    if not scope.is_owner_here():
-        context = scope.context()
-        record.place = Thread(context)
     began = 0.0 if observer.observer is None else perf_counter()
     asked_by = _whose_factory(asker)
     outer = current.get()
     blocked = asker
-    if asker is None and scope.around is not None:
-        blocked = _set_up_around()
-    if blocked is not None:
-        blocked.note_need(record, record)
     try:
+        if not scope.is_owner_here():
+            context = scope.context()
+            record.place = Thread(context)
+        if asker is None and scope.around is not None:
+            blocked = _set_up_around()
+        if blocked is not None:
+            blocked.note_need(record, record)
         if context is None:
             current.set(record)
             generator, value = resource.start()
@@ -340,6 +341,7 @@ def _set_up_sync(record: Record, asker: Record | None) -> Any:
         if not scope.complete(record, generator, value):
             _refuse_sync(record)
     except BaseException as raised:
+        record.state = GONE  # as above
         error = _explained(record, raised)
         scope.fail(record, error)
         if began:
