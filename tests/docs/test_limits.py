@@ -17,7 +17,9 @@ from django.http import HttpResponse
 from django.urls import path
 
 from scoped import (
+    AsyncResourceError,
     ScopeClosedError,
+    TeardownError,
     lifespan_scope,
     lifespan_scoped,
     request_scope,
@@ -361,3 +363,63 @@ def test_without_an_event_loop_who_ends_a_lifespan_that_nobody_opened_ends_what_
             thread.join()
     assert len(seen) == 2
     assert (seen[0] == seen[1]) is is_opened
+
+
+@pytest.mark.parametrize("lifetime", [request_scoped, lifespan_scoped])
+def test_a_second_event_loop_in_one_thread(lifetime):
+    @lifetime
+    async def db():
+        return asyncio.get_running_loop()
+
+    scope, context = request_scope(), contextvars.copy_context()
+
+    async def begin():
+        await scope.__aenter__()
+        return await db()
+
+    async def use():
+        return await db()
+
+    async def end():
+        await scope.__aexit__(None, None, None)
+
+    with asyncio.Runner() as first, asyncio.Runner() as second:
+        assert first.run(begin(), context=context) is first.get_loop()
+        if sys.version_info >= (3, 12):
+            with pytest.raises(AsyncResourceError):
+                second.run(use(), context=context)
+        else:
+            assert second.run(use(), context=context) is first.get_loop()
+        first.run(end(), context=context)
+
+
+@pytest.mark.parametrize("first_in_a_child", [False, True])
+async def test_a_scope_that_one_task_opens_and_another_leaves(first_in_a_child):
+    variable = contextvars.ContextVar("variable")
+
+    @request_scoped
+    async def db():
+        token = variable.set("the factory's")
+        task = asyncio.current_task()
+        yield
+        log.append("the same task" if asyncio.current_task() is task else "another task")
+        variable.reset(token)
+
+    scope = request_scope()
+
+    async def begin():
+        await scope.__aenter__()
+        await (asyncio.create_task(db()) if first_in_a_child else db())
+
+    async def end():
+        await scope.__aexit__(None, None, None)
+
+    await asyncio.create_task(begin())
+    if first_in_a_child:
+        await asyncio.create_task(end())
+        assert log == ["the same task"]
+        return
+    with pytest.raises(TeardownError) as caught:
+        await asyncio.create_task(end())
+    assert "was created in a different Context" in str(caught.value.exceptions[0])
+    assert log == ["another task"]
