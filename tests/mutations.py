@@ -870,8 +870,16 @@ MUTATIONS = [
         "a lifespan that is joined inside a request, be it by sync code, is closed under it",
         (
             "core/lifespan",
-            "            closes = not self._open_requests() & set(around) and self._claim()\n",
+            "            closes = not left and self._claim()\n",
             "            closes = self._claim()\n",
+        ),
+    ),
+    mutation(
+        "a lifespan of sync code is closed under another thread's request",
+        (
+            "core/lifespan",
+            "            if self.loop is not None:\n                left &=",
+            "            if True:\n                left &=",
         ),
     ),
     mutation(

@@ -1167,6 +1167,39 @@ async def test_one_block_holds_it_once() -> None:
             await block.__aenter__()
 
 
+def test_in_sync_code_another_threads_request_closes_it_if_that_ends_last(log: list[str]) -> None:
+    """Promises 8 and 16: nobody's pool is torn down under the request."""
+
+    @lifespan_scoped
+    def pool() -> Iterator[str]:
+        yield "pool"
+        log.append("pool torn down")
+
+    @request_scoped
+    def db() -> Iterator[str]:
+        yield pool()
+        log.append("db torn down")
+
+    uses, left = threading.Event(), threading.Event()
+
+    def request() -> None:
+        with request_scope():
+            db()
+            uses.set()
+            assert left.wait(within(10))
+
+    with lifespan_scope():
+        other = threading.Thread(target=request)
+        other.start()
+        assert uses.wait(within(10))
+    assert log == []
+    with request_scope():
+        assert pool() == "pool"  # which is the same, still
+    left.set()
+    other.join()
+    assert log == ["db torn down", "pool torn down"]
+
+
 def test_an_async_resource_in_sync_code_is_refused_and_nothing_is_left() -> None:
     @lifespan_scoped
     async def pool() -> str:

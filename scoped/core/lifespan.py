@@ -132,8 +132,8 @@ class LifespanScope(Scope):
     ) -> None:
         """
         Undo ``hold()``. The last one waits for the open requests, but for those ``around`` it,
-        and closes; where there are any around it, the last of them does. Sync code does not wait
-        for other threads' requests.
+        and closes; where there are any around it, the last of them does. Sync code waits for
+        none, as those of other threads may have yet to come to it: the last of all does.
         """
         with _lock:
             self._holders -= 1
@@ -143,8 +143,11 @@ class LifespanScope(Scope):
         if self.loop is not None:
             cancellation = await self._requests_ended(set(around))
         with _lock:
+            left = self._open_requests()
+            if self.loop is not None:
+                left &= set(around)
             # Else somebody has taken it over meanwhile.
-            closes = not self._open_requests() & set(around) and self._claim()
+            closes = not left and self._claim()
         if closes:
             await self.end(failure)
         if cancellation is not None:
