@@ -711,7 +711,7 @@ MUTATIONS = [
         "a task that waits for sync code's thread has no patience",
         (
             "core/first_use",
-            "            timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)\n",
+            "            timer = loop.call_later(_PATIENCE, _give_up, record, waiter, context=Context())\n",
             "            pass\n",
         ),
     ),
@@ -1503,6 +1503,10 @@ MUTATIONS = [
     mutation(
         "a stray thread is told that it is a teardown",
         ("core/books", "                and self.thread == get_ident()\n", ""),
+    ),
+    mutation(
+        "a timer that was cancelled keeps a request",
+        ("core/waits", "set_done, time_is_up, context=Context())", "set_done, time_is_up)"),
     ),
     mutation(
         "what has been read of a body is kept to its end",

@@ -222,6 +222,29 @@ async def test_a_receiver_need_not_be_hashable(connected, signal):
     assert counts.calls == 2
 
 
+async def test_no_timer_of_its_end_keeps_a_request(connected):
+    """What has been cancelled stays with the event loop, and its Context with that."""
+    held = contextvars.ContextVar("held")
+    requests = []
+
+    @view
+    async def holds(request):
+        held.set(request)
+        requests.append(weakref.ref(request))
+        return HttpResponse()
+
+    def hears(**kwargs): ...
+
+    connected(request_finished, hears)  # in the request's thread, for so long at the most
+    # Before those that come first the event loop forgets what was cancelled.
+    first = asyncio.get_running_loop().call_later(1, print)
+    for _ in range(5):
+        await get("/holds")
+    gc.collect()
+    assert [request() for request in requests] == [None] * 5
+    first.cancel()
+
+
 async def test_a_receiver_that_is_gone_is_not_kept_by_the_handler(connected):
     handler = ScopedASGIHandler()
 

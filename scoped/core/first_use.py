@@ -7,6 +7,7 @@ task, it runs in a keeper. A sync factory runs in the thread that asks.
 
 import asyncio
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from threading import get_ident
 from time import perf_counter
@@ -28,8 +29,6 @@ from scoped.core.resource import LIFESPAN
 from scoped.core.waits import running_loop, sync_parent
 
 if TYPE_CHECKING:
-    from contextvars import Context
-
     from scoped.core.resource import Resource
 
 __all__ = ["get", "get_nowait", "get_sync", "set_up"]
@@ -92,7 +91,8 @@ async def _wait(record: Record, asker: Record | None, is_new: bool) -> Outcome |
             return None  # pragma: no cover (it has gone since begin(): a thread's doing)
         elif sync_parent() is not None:
             # Sync code waits for this task, in a thread that the set-up may need.
-            timer = waiter.get_loop().call_later(_PATIENCE, _give_up, record, waiter)
+            loop = waiter.get_loop()
+            timer = loop.call_later(_PATIENCE, _give_up, record, waiter, context=Context())
         return await waiter
     finally:
         record.forget(waiter)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -82,7 +82,10 @@ async def outlast(
     """
     loop = asyncio.get_running_loop()
     time_is_up = loop.create_future()
-    timer = None if seconds is None else loop.call_later(seconds, set_done, time_is_up)
+    timer = None
+    if seconds is not None:
+        # In a Context of its own: a timer that is cancelled keeps its Context for as long.
+        timer = loop.call_later(seconds, set_done, time_is_up, context=Context())
     cancellation = None
     for future in futures:
         while not future.done() and not time_is_up.done():
