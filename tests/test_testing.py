@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from asgiref.sync import async_to_sync
 from django.core.handlers.asgi import ASGIHandler
-from django.core.signals import request_started
+from django.core.signals import request_finished, request_started
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import SimpleTestCase, override_settings
 
@@ -428,6 +428,18 @@ class TestAsyncClient:
             while log[-1] != "-db":
                 await asyncio.sleep(0.001)
         assert "db saw CancelledError" in log
+
+    async def test_a_request_that_ends_with_a_timeout_of_its_own_has_failed(self) -> None:
+        async def fails(**kwargs: Any) -> None:
+            raise TimeoutError("of a receiver")
+
+        request_finished.connect(fails)
+        try:
+            with pytest.raises(TimeoutError, match="of a receiver"):
+                await AsyncClient().get("/plain")
+        finally:
+            request_finished.disconnect(fails)
+        assert log.count("+db") == log.count("-db") == 1
 
     @pytest.mark.parametrize("is_endless", [False, True])
     async def test_a_stream_that_nobody_is_sent_is_read_to_its_end_or_left(

@@ -196,8 +196,7 @@ class Books:
     def _take_out(self, record: Record) -> None:
         """Where another key cannot be compared with its own, as one of the same hash is."""
         object.__setattr__(record.resource, "is_leaving", True)
-        if self.records.get(record.resource) is record:
-            del self.records[record.resource]
+        self.records.pop(record.resource, None)
 
     def take_and_tell(self, record: Record) -> bool:
         """

@@ -251,6 +251,6 @@ class LoopLatch(Latch):
             self.future.get_loop().call_soon_threadsafe(set_done, self.future)
 
     async def opened(self, seconds: float) -> bool:
-        if seconds > 0:
-            await asyncio.wait([self.future], timeout=None if seconds == math.inf else seconds)
+        timeout = None if seconds == math.inf else max(0, seconds)
+        await asyncio.wait([self.future], timeout=timeout)
         return self.future.done()
