@@ -1470,8 +1470,8 @@ MUTATIONS = [
         "a record that is gone keeps its key",
         (
             "core/record",
-            '        self.resource = getattr(self.resource, "keyed", self.resource)  # without its key\n',
-            "",
+            '            self.resource = getattr(self.resource, "keyed", self.resource)  # without its key\n',
+            "            pass\n",
         ),
     ),
     mutation(

@@ -130,7 +130,8 @@ class Record:
         """
         self.state = GONE
         self.generator = self.place = self.uses = self.needs = None
-        self.resource = getattr(self.resource, "keyed", self.resource)  # without its key
+        if self.resource.is_keyed:
+            self.resource = getattr(self.resource, "keyed", self.resource)  # without its key
         if self.waiters is not None:
             self.settle(None)
         if (ending := self.scope.ending) is not None:
