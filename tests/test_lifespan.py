@@ -1200,6 +1200,25 @@ def test_in_sync_code_another_threads_request_closes_it_if_that_ends_last(log: l
     assert log == ["db torn down", "pool torn down"]
 
 
+async def test_what_it_fails_with_is_told_with_what_its_last_request_failed_with() -> None:
+    """Nobody's failure hides another's."""
+
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[str]:
+        yield "pool"
+        raise LookupError("of the pool")
+
+    @request_scoped
+    async def db() -> AsyncIterator[str]:
+        yield await pool()
+        raise ValueError("of db")
+
+    with pytest.raises(TeardownError) as caught:
+        async with request_scope():
+            await db()
+    assert [str(error) for error in caught.value.exceptions] == ["of db", "of the pool"]
+
+
 def test_an_async_resource_in_sync_code_is_refused_and_nothing_is_left() -> None:
     @lifespan_scoped
     async def pool() -> str:
