@@ -77,7 +77,6 @@ class Recipe:
             self.kind = dice.choice(KINDS if stands_in_for.is_async else ["generator", "function"])
         self.is_async = self.kind in ("async generator", "coroutine function")
         self.is_generator = "generator" in self.kind
-        self.is_stand_in = stands_in_for is not None
         may_use = [
             one
             for one in program.recipes[:number]
@@ -91,7 +90,10 @@ class Recipe:
         self.swallows = program.chance(0.15)
         self.asks_together = program.chance(0.4)
         self.sets_mark = program.chance(0.5)
-        self.name = f"{self.lifetime} {self.kind} {number}{'*' * self.is_stand_in}"
+        # Several that stand in for one, one after the other, are resources of their own.
+        program.stand_ins += stands_in_for is not None
+        which = "" if stands_in_for is None else f"*{program.stand_ins}"
+        self.name = f"{self.lifetime} {self.kind} {number}{which}"
         self.factory = self._factory()
         if stands_in_for is None:
             self.access = self._declare()
@@ -234,6 +236,7 @@ class Recipe:
 class Program(World):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
+        self.stand_ins = 0
         self.recipes: list[Recipe] = []
         for number in range(self.dice.randint(3, 8)):
             self.recipes.append(Recipe(self, number))
