@@ -1859,6 +1859,21 @@ class TestPatience:
                 odd()
 
 
+def cancel_all_but_the_first(
+    tasks: "list[asyncio.Task[Any]]", order: str
+) -> "list[asyncio.Task[Any]]":
+    """Those that are cancelled, in the order in which they are."""
+    cancelled = {
+        "none": [],
+        "first to last": tasks[1:],
+        "last to first": tasks[:0:-1],
+        "mixed": [*tasks[1::2], *tasks[2::2][::-1]],
+    }[order]
+    for task in cancelled:
+        task.cancel()
+    return cancelled
+
+
 class TestWorkIsLinear:
     """Promise 25: no work grows faster than what was asked for."""
 
@@ -1897,14 +1912,7 @@ class TestWorkIsLinear:
                 tasks = [asyncio.create_task(db()) for _ in range(count)]
                 await turns(4)
                 began = time.thread_time()
-                cancelled = {
-                    "none": [],
-                    "first to last": tasks[1:],
-                    "last to first": tasks[:0:-1],
-                    "mixed": [*tasks[1::2], *tasks[2::2][::-1]],
-                }[order]
-                for task in cancelled:
-                    task.cancel()
+                cancelled = cancel_all_but_the_first(tasks, order)
                 await turns(4)
                 ready.set()
                 results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -1989,14 +1997,7 @@ class TestWorkIsLinear:
                 tasks = [asyncio.create_task(db.release()) for _ in range(count)]
                 await turns(4)
                 began = time.thread_time()
-                cancelled = {
-                    "none": [],
-                    "first to last": tasks[1:],
-                    "last to first": tasks[:0:-1],
-                    "mixed": [*tasks[1::2], *tasks[2::2][::-1]],
-                }[order]
-                for task in cancelled:
-                    task.cancel()
+                cancelled = cancel_all_but_the_first(tasks, order)
                 await turns(4)
                 go_on.set()
                 results = await asyncio.gather(*tasks, return_exceptions=True)

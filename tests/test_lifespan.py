@@ -55,6 +55,31 @@ async def holder_that_waits(
     return holder, served[0]
 
 
+def request_that_uses_a_pool(
+    log: list[str],
+) -> tuple[Callable[[], Coroutine[Any, Any, None]], asyncio.Event]:
+    """It ends when the event is set; that the pool has gone is logged."""
+
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[str]:
+        yield "pool"
+        log.append("pool")
+
+    go_on = asyncio.Event()
+
+    async def request() -> None:
+        async with request_scope():
+            await pool()
+            await go_on.wait()
+
+    return request, go_on
+
+
+async def hold() -> None:
+    async with lifespan_scope():
+        pass
+
+
 @pytest.fixture
 def log() -> list[str]:
     return []
@@ -740,22 +765,7 @@ class TestShutdown:
     async def test_two_who_have_held_it_both_hear_of_its_last_requests_end_and_one_closes_it(
         self, log: list[str], cancelled: int | None
     ) -> None:
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            yield "pool"
-            log.append("pool")
-
-        go_on = asyncio.Event()
-
-        async def request() -> None:
-            async with request_scope():
-                await pool()
-                await go_on.wait()
-
-        async def hold() -> None:
-            async with lifespan_scope():
-                pass
-
+        request, go_on = request_that_uses_a_pool(log)
         first, served = await holder_that_waits(request)
         holders = [first, asyncio.create_task(hold())]
         await settle()
@@ -774,22 +784,7 @@ class TestShutdown:
     async def test_whose_time_is_up_first_leaves_its_requests_to_who_waits_longer(
         self, log: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            yield "pool"
-            log.append("pool")
-
-        go_on = asyncio.Event()
-
-        async def request() -> None:
-            async with request_scope():
-                await pool()
-                await go_on.wait()
-
-        async def hold() -> None:
-            async with lifespan_scope():
-                pass
-
+        request, go_on = request_that_uses_a_pool(log)
         monkeypatch.setattr(LifespanScope, "shutdown_timeout", 0.05)
         first, served = await holder_that_waits(request)
         monkeypatch.setattr(LifespanScope, "shutdown_timeout", within(5))

@@ -37,6 +37,24 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+def set_up_late(
+    decorator: Any, name: str, log: list[str]
+) -> tuple[Callable[[], str], threading.Event, threading.Event]:
+    """A sync resource; its set-up has begun, and may go on. It ends in the thread of its set-up."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    @decorator
+    def resource() -> Iterator[str]:
+        begun.set()
+        go_on.wait(5)
+        thread = threading.get_ident()
+        yield name
+        assert threading.get_ident() == thread
+        log.append(name)
+
+    return resource, begun, go_on
+
+
 @pytest.fixture
 def log() -> list[str]:
     return []
@@ -773,17 +791,7 @@ class TestAllOfIt:
     async def test_a_set_up_in_a_thread_that_comes_too_late_is_torn_down_there(
         self, log: list[str]
     ) -> None:
-        begun, go_on = threading.Event(), threading.Event()
-
-        @request_scoped
-        def tenant() -> Iterator[str]:
-            begun.set()
-            go_on.wait(5)
-            thread = threading.get_ident()
-            yield "tenant"
-            assert threading.get_ident() == thread
-            log.append("tenant")
-
+        tenant, begun, go_on = set_up_late(request_scoped, "tenant", log)
         async with request_scope() as scope:
             stray = asyncio.create_task(asyncio.to_thread(tenant))
             await asyncio.to_thread(begun.wait, 5)
@@ -797,17 +805,7 @@ class TestAllOfIt:
     async def test_that_of_a_lifespan_in_the_thread_that_it_has_of_its_own(
         self, log: list[str]
     ) -> None:
-        begun, go_on = threading.Event(), threading.Event()
-
-        @lifespan_scoped
-        def settings() -> Iterator[str]:
-            begun.set()
-            go_on.wait(5)
-            thread = threading.get_ident()
-            yield "settings"
-            assert threading.get_ident() == thread
-            log.append("settings")
-
+        settings, begun, go_on = set_up_late(lifespan_scoped, "settings", log)
         async with lifespan_scope():
             stray = asyncio.create_task(asyncio.to_thread(settings))
             await asyncio.to_thread(begun.wait, 5)
@@ -821,17 +819,7 @@ class TestAllOfIt:
         self, log: list[str]
     ) -> None:
         """Which does not wait for what it is itself to do."""
-        begun, go_on = threading.Event(), threading.Event()
-
-        @lifespan_scoped
-        def settings() -> Iterator[str]:
-            begun.set()
-            go_on.wait(5)
-            thread = threading.get_ident()
-            yield "settings"
-            assert threading.get_ident() == thread
-            log.append("settings")
-
+        settings, begun, go_on = set_up_late(lifespan_scoped, "settings", log)
         with LentThread():  # as in a request
             async with lifespan_scope():
                 stray = asyncio.create_task(sync_to_async(settings)())
