@@ -189,8 +189,12 @@ async def test_what_python_itself_says(written, said):
     async with scoped.request_scope():
         with pytest.raises((AttributeError, TypeError)) as caught:
             await names["wrong"]()
-    assert any(text in str(caught.value) for text in re.findall("`([^`]+)`", said))
+    python_says = str(caught.value)
+    # Its traceback holds the coroutine that nobody awaits: Python is to warn of it here, where that
+    # is ignored, and not in the test that runs next.
+    del caught
     gc.collect()
+    assert any(text in python_says for text in re.findall("`([^`]+)`", said))
 
 
 def _factory(value):
