@@ -910,24 +910,24 @@ MUTATIONS = [
         "a request scope that a lifespan's factory holds is waited for",
         (
             "core/request",
-            "            if (mine := self._of_whose_factory()) is not None:\n                self.lifespan = mine\n                return\n",
+            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine\n                return\n",
             "",
         ),
     ),
     mutation(
         "a scope in a scope that a lifespan's factory holds is waited for",
         (
-            "core/request",
-            "            around = around.scope.around\n        return None\n",
-            "            return None\n        return None\n",
+            "core/lifespan",
+            "        here = here.scope.around\n    return None\n",
+            "        return None\n    return None\n",
         ),
     ),
     mutation(
         "what is opened as an implied lifespan ends has another",
         (
             "core/request",
-            "            if (mine := self._of_whose_factory()) is not None:  #",
-            "            if (mine := None) is not None:  #",
+            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine  #",
+            "            if (mine := None) is not None:\n                self.lifespan = mine  #",
         ),
     ),
     mutation(
@@ -936,7 +936,7 @@ MUTATIONS = [
     ),
     mutation(
         "a task that a lifespan's resource has left running is not waited for",
-        ("core/request", "around.state in (STARTING, ENDING)", "True"),
+        ("core/lifespan", "here.state in (STARTING, ENDING)", "True"),
     ),
     mutation(
         "a background task that a lifespan's factory starts is a part of its set-up",
@@ -1528,13 +1528,58 @@ MUTATIONS = [
         "of two who wait for a lifespan's requests the first to wait is forgotten",
         (
             "core/lifespan",
-            "            self._idle[idle] = around\n        cancellation = await outlast(idle, seconds=self.shutdown_timeout)\n        with _lock:\n            del self._idle[idle]\n",
-            "            self._idle = {idle: around}\n        cancellation = await outlast(idle, seconds=self.shutdown_timeout)\n        with _lock:\n            self._idle = {}\n",
+            "                self._idle[idle] = around\n",
+            "                self._idle = {idle: around}\n",
+        ),
+        (
+            "core/lifespan",
+            "            with _lock:\n                del self._idle[idle]\n",
+            "            with _lock:\n                self._idle = {}\n",
         ),
     ),
     mutation(
         "whose time is up gives up the requests for which another waits",
-        ("core/lifespan", "[] if self._holders or self._idle else", "[] if self._holders else"),
+        ("core/lifespan", "(is_late and self._idle)", "False"),
+    ),
+    mutation(
+        "a lifespan is closed under a request that comes as the last one ends",
+        (
+            "core/lifespan",
+            "            is_late = not idle.done() or",
+            "            is_late = idle.done() or",
+        ),
+    ),
+    mutation(
+        "who waits for a lifespan's requests keeps them",
+        ("core/lifespan", "            del left  # which would keep what nobody closes\n", ""),
+    ),
+    mutation(
+        "who has taken a lifespan over is not left alone with its requests",
+        ("core/lifespan", "not left or self._holders or", "not left or"),
+    ),
+    mutation(
+        "who has gone without closing a lifespan holds it still",
+        (
+            "core/lifespan",
+            "            self._holders = 0  # they have gone\n",
+            "            pass\n",
+        ),
+    ),
+    mutation(
+        "a lifespan's own factory may hold it",
+        (
+            "core/lifespan",
+            "        self._is_part = mine is not None and mine.is_open\n",
+            "        self._is_part = False\n",
+        ),
+    ),
+    mutation(
+        "a lifespan that closes is that of what its factories open",
+        (
+            "core/lifespan",
+            "        self._is_part = mine is not None and mine.is_open\n",
+            "        self._is_part = mine is not None\n",
+        ),
     ),
     mutation(
         "the last request closes a lifespan that its holder is about to close",

@@ -748,18 +748,21 @@ class TestShutdown:
     async def test_who_waits_for_a_request_hears_of_its_end_though_another_holds_it_since(
         self,
     ) -> None:
-        go_on = asyncio.Event()
+        go_on, go_on_again = asyncio.Event(), asyncio.Event()
 
-        async def request() -> None:
+        async def requests() -> None:
             async with request_scope():
                 await go_on.wait()
+            async with request_scope():  # for which it is the other one that waits
+                await go_on_again.wait()
 
-        first, served = await holder_that_waits(request)
+        first, served = await holder_that_waits(requests)
         async with lifespan_scope():
             go_on.set()
-            await served
             await settle()
             assert first.done()
+            go_on_again.set()
+            await served
 
     @pytest.mark.parametrize("cancelled", [None, 0, 1])
     async def test_two_who_have_held_it_both_hear_of_its_last_requests_end_and_one_closes_it(
@@ -794,6 +797,51 @@ class TestShutdown:
         go_on.set()
         await second
         assert log == ["pool"]
+        await served
+
+    async def test_it_waits_for_a_request_that_comes_as_the_last_one_ends(
+        self, log: list[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Promise 16: as of a consumer, which handles one message after the other."""
+
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            yield "pool"
+            log.append("pool")
+
+        go_on = asyncio.Event()
+
+        async def consumer() -> None:
+            for number in range(3):
+                async with request_scope():
+                    await pool()
+                    if number == 0:
+                        await go_on.wait()
+                    await settle()
+                    log.append(f"message {number}")
+
+        holder, served = await holder_that_waits(consumer)
+        go_on.set()
+        await holder
+        assert log == ["message 0", "message 1", "message 2", "pool"]
+        await served
+        assert caplog.text == ""
+
+    async def test_but_not_for_ever_where_one_comes_after_the_other(
+        self, log: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(LifespanScope, "shutdown_timeout", 0.05)
+        is_over = False
+
+        async def consumer() -> None:
+            while not is_over:
+                async with request_scope():
+                    await asyncio.sleep(0)
+
+        holder, served = await holder_that_waits(consumer)
+        await holder
+        assert "1 request(s) still open after 0.05 seconds" in caplog.text
+        is_over = True
         await served
 
     async def test_nobody_waits_for_a_request_that_is_never_closed_once_it_is_collected(
@@ -1020,6 +1068,70 @@ class TestRequestScopesOfItsFactories:
         async with lifespan_scope() if is_held else request_scope():
             await worker()
         assert log == ["+pool", "the last of the work, with the pool", "-pool"]
+
+    @pytest.mark.parametrize("is_held", [True, False])
+    async def test_a_lifespan_that_it_holds_is_the_one_that_it_is_part_of(
+        self, log: list[str], is_held: bool
+    ) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @lifespan_scoped
+        async def schema() -> AsyncIterator[str]:
+            async with lifespan_scope():  # only while it is set up
+                await pool()
+            async with lifespan_scope():
+                yield await pool()
+            log.append("-schema")
+
+        async with lifespan_scope() if is_held else request_scope():
+            assert await schema() == "pool"
+        assert log == ["+pool", "-schema", "-pool"]
+
+    @pytest.mark.parametrize("is_held", [True, False])
+    def test_in_sync_code_too_it_is_part_of_it(self, log: list[str], is_held: bool) -> None:
+        @lifespan_scoped
+        def settings() -> Iterator[str]:
+            with lifespan_scope():
+                pass
+            with lifespan_scope():
+                yield "settings"
+            log.append("settings")
+
+        with lifespan_scope() if is_held else request_scope():
+            assert settings() == "settings"
+        assert log == ["settings"]
+
+    async def test_an_eager_one_may_do_so(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        async def schema() -> AsyncIterator[str]:
+            async with lifespan_scope():
+                yield "schema"
+            log.append("schema")
+
+        async with lifespan_scope():
+            assert await schema() == "schema"
+        assert log == ["schema"]
+
+    async def test_what_it_opens_as_it_ends_is_a_new_lifespan(self, log: list[str]) -> None:
+        @lifespan_scoped
+        async def pool() -> AsyncIterator[str]:
+            log.append("+pool")
+            yield "pool"
+            log.append("-pool")
+
+        @lifespan_scoped
+        async def worker() -> AsyncIterator[None]:
+            yield
+            async with lifespan_scope():
+                log.append(f"the last of the work, with a {await pool()}")
+
+        async with lifespan_scope():
+            await worker()
+        assert log == ["+pool", "the last of the work, with a pool", "-pool"]
 
     async def test_one_of_a_task_that_it_has_started_is_waited_for(self, log: list[str]) -> None:
         go_on = asyncio.Event()

@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 
 from scoped.core.current import current
 from scoped.core.names import few
-from scoped.core.record import Record
+from scoped.core.record import ENDING, STARTING, Record
 from scoped.core.resource import LIFESPAN
 from scoped.core.scope import Scope
 from scoped.core.unserved import Stay
@@ -27,7 +27,7 @@ from scoped.core.waits import (
     set_done,
 )
 
-__all__ = ["LifespanScope", "eager", "lifespan_scope", "lifespans"]
+__all__ = ["LifespanScope", "eager", "lifespan_scope", "lifespans", "of_whose_factory"]
 
 logger = logging.getLogger("scoped")
 
@@ -155,6 +155,8 @@ class LifespanScope(Scope):
 
     async def close_abandoned(self, failure: BaseException) -> None:
         self.owner = asyncio.current_task()
+        with _lock:
+            self._holders = 0  # they have gone
         cancellation = await self._requests_ended(set())
         with _lock:
             self._is_claimed = True
@@ -163,25 +165,34 @@ class LifespanScope(Scope):
             raise cancellation
 
     async def _requests_ended(self, around: set[Scope]) -> asyncio.CancelledError | None:
-        with _lock:
-            if self._open_requests() <= around:
-                return None
-            idle = asyncio.get_running_loop().create_future()
-            self._idle[idle] = around
-        cancellation = await outlast(idle, seconds=self.shutdown_timeout)
-        with _lock:
-            del self._idle[idle]
-            left = [] if self._holders or self._idle else list(self._open_requests() - around)
-        if left:
-            logger.error(
-                "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
-                len(left),
-                self.shutdown_timeout,
-                few(sorted(map(str, left))),
-            )
-            tasks = [task for request in left if (task := request.give_up())]
-            cancellation = await outlast(*tasks, seconds=self.teardown_timeout) or cancellation
-        return cancellation
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.shutdown_timeout
+        cancellation, is_late = None, False
+        while True:
+            with _lock:
+                left = self._open_requests() - around
+                # Of several who hold it, or wait, the last one sees to those who are left.
+                if not left or self._holders or (is_late and self._idle):
+                    return cancellation
+                if is_late:
+                    break
+                idle = loop.create_future()
+                self._idle[idle] = around
+            del left  # which would keep what nobody closes
+            seconds = deadline - loop.time()
+            cancellation = await outlast(idle, seconds=seconds) or cancellation
+            # Done, it may have been joined since, as by who handles one message after the other.
+            is_late = not idle.done() or loop.time() >= deadline
+            with _lock:
+                del self._idle[idle]
+        logger.error(
+            "%d request(s) still open after %g seconds, and the lifespan closes: %s.",
+            len(left),
+            self.shutdown_timeout,
+            few(sorted(map(str, left))),
+        )
+        tasks = [task for request in left if (task := request.give_up())]
+        return await outlast(*tasks, seconds=self.teardown_timeout) or cancellation
 
     def join(self, request: Scope) -> bool:
         with _lock:
@@ -285,6 +296,27 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
+def of_whose_factory(
+    here: Scope | Record | None, loop: asyncio.AbstractEventLoop | None
+) -> LifespanScope | None:
+    """
+    The lifespan in whose factory the code is for which that is current. A scope that is opened
+    there uses it, and does not join or hold it: the factory may keep the scope across its
+    ``yield``, and who waits for what it holds would wait for the teardown, which comes after that.
+    """
+    while here is not None:
+        if (
+            isinstance(here, Record)
+            and here.state in (STARTING, ENDING)  # its code runs
+            and isinstance(lifespan := here.scope, LifespanScope)
+            and loop in (None, lifespan.loop)
+            and not lifespan.is_parents
+        ):
+            return lifespan
+        here = here.scope.around
+    return None
+
+
 def _forget(lifespan: LifespanScope) -> None:
     if lifespans.get(lifespan.loop) is lifespan:
         del lifespans[lifespan.loop]
@@ -304,11 +336,12 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
     def __init__(self) -> None:
         self._scope: LifespanScope | None = None
         self._previous: Scope | Record | None = None
+        self._is_part = False  # in a factory of that very lifespan
 
     async def __aenter__(self) -> Scope:
         scope = self._hold()
         try:
-            for access in eager:
+            for access in () if self._is_part else eager:
                 value = access()
                 if access.resource.factory.is_async:
                     await value
@@ -324,14 +357,15 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         traceback: TracebackType | None,
     ) -> None:
         scope, around = self._leave()
-        await scope.drop(exc, around)
+        if not self._is_part:
+            await scope.drop(exc, around)
 
     def __enter__(self) -> Scope:
         if running_loop() is not None:
             raise RuntimeError("An event loop runs here: write `async with lifespan_scope():`.")
         scope = self._hold()
         try:
-            for access in eager:
+            for access in () if self._is_part else eager:
                 if not access.resource.factory.is_async:
                     access()
         except BaseException as error:
@@ -346,12 +380,17 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         traceback: TracebackType | None,
     ) -> None:
         scope, around = self._leave()
-        run_without_loop(scope.drop(exc, around))
+        if not self._is_part:
+            run_without_loop(scope.drop(exc, around))
 
     def _hold(self) -> "LifespanScope":
         if self._scope is not None:
             raise RuntimeError("This lifespan_scope() is open: make a new one for each use.")
-        self._scope, self._previous = LifespanScope.hold(), current.get()
+        self._previous = current.get()
+        mine = of_whose_factory(self._previous, running_loop())
+        # Else it closes, and there is a new one.
+        self._is_part = mine is not None and mine.is_open
+        self._scope = mine if mine is not None and self._is_part else LifespanScope.hold()
         current.set(self._scope)
         return self._scope
 

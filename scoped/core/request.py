@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 from scoped.core import observer
 from scoped.core.calls import in_scope
 from scoped.core.errors import NoScopeError, ScopeClosedError
-from scoped.core.lifespan import LifespanScope, lifespans
-from scoped.core.record import ENDING, STARTING, Record
+from scoped.core.lifespan import LifespanScope, lifespans, of_whose_factory
 from scoped.core.resource import REQUEST, RESPONSE
 from scoped.core.scope import Scope
 from scoped.core.teardown import end_all, raise_all
@@ -104,7 +103,7 @@ class RequestScope(Scope):
     def _find_lifespan(self) -> None:
         lifespan = None
         if self.around is not None:
-            if (mine := self._of_whose_factory()) is not None:
+            if (mine := of_whose_factory(self.around, self.loop)) is not None:
                 self.lifespan = mine
                 return
             lifespan = self.around.scope.lifespan
@@ -118,30 +117,11 @@ class RequestScope(Scope):
         if lifespan is not None and lifespan.join(self):
             self.lifespan = lifespan
 
-    def _of_whose_factory(self) -> LifespanScope | None:
-        """
-        The lifespan in whose factory it was opened. Such a scope uses it, and does not join: the
-        factory may hold it across its ``yield``, and who waits for what it holds would wait for
-        the teardown, which comes after that.
-        """
-        around = self.around
-        while around is not None:
-            if (
-                isinstance(around, Record)
-                and around.state in (STARTING, ENDING)  # its code runs
-                and isinstance(lifespan := around.scope, LifespanScope)
-                and self.loop in (None, lifespan.loop)
-                and not lifespan.is_parents
-            ):
-                return lifespan
-            around = around.scope.around
-        return None
-
     def need_lifespan(self, resource: "Resource[Any]") -> "LifespanScope":
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
         while self.lifespan is None or self.lifespan.is_parents:
-            if (mine := self._of_whose_factory()) is not None:  # it closes, and takes no requests
-                self.lifespan = mine
+            if (mine := of_whose_factory(self.around, self.loop)) is not None:
+                self.lifespan = mine  # it closes, and takes no requests
                 break
             lifespan, new = lifespans.get(self.loop), None
             if lifespan is None:
