@@ -1566,6 +1566,18 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a teardown that was cancelled by its like passes for one that was cancelled from outside",
+        (
+            "core/teardown",
+            "(task := current_task()) is None or task.cancelling() > 0",
+            "bool(task := current_task()) or True",
+        ),
+    ),
+    mutation(
+        "nobody is told which teardown was cancelled",
+        ("core/teardown", "        note(error, text)\n", "        pass\n"),
+    ),
+    mutation(
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",

@@ -426,17 +426,46 @@ class TestAllOfIt:
         assert len(record.exc_info[1].exceptions) == 2
 
     @WHERE
-    async def test_a_teardown_that_raises_a_cancellation_is_heard(
+    async def test_a_teardown_that_raises_a_cancellation_has_failed(
         self, where: str, log: list[str], tracked: Make
     ) -> None:
-        async def cancel() -> None:
-            raise asyncio.CancelledError("mine")
+        """Promise 8: a task group, say, takes a bare one for its own, and nobody hears of it."""
 
-        with pytest.raises(asyncio.CancelledError):
+        async def cancelled() -> None:
+            worker = asyncio.create_task(asyncio.Event().wait())
+            await asyncio.sleep(0)
+            worker.cancel()
+            await worker
+
+        two = tracked("two", cancelled)
+        with pytest.raises(TeardownError) as caught:
             async with request_scope():
                 await ask(tracked("one"), where)
-                await ask(tracked("two", cancel), where)
+                await ask(two, where)
         assert log == ["two", "one"]
+        (error,) = caught.value.exceptions
+        assert isinstance(error.__cause__, asyncio.CancelledError)
+        assert "nobody has cancelled" in str(error)
+        assert error.__notes__ == [f"while {two.resource} was torn down"]
+
+    async def test_so_has_one_in_which_the_time_of_anothers_timeout_is_up(
+        self, log: list[str], tracked: Make
+    ) -> None:
+        @request_scoped
+        async def limited() -> AsyncIterator[None]:
+            async with asyncio.timeout(0.01):
+                yield
+            log.append("limited")
+
+        slow = tracked("slow", asyncio.Event().wait)
+        with pytest.raises(TeardownError) as caught:
+            async with request_scope():
+                await limited()
+                await slow()
+        assert log == ["slow", "limited"]
+        (error,) = caught.value.exceptions
+        assert error.__notes__ == [f"while {slow.resource} was torn down"]
+        assert isinstance(error.__cause__, asyncio.CancelledError)
 
     async def test_a_cancellation_does_not_hide_what_is_graver(
         self, log: list[str], tracked: Make

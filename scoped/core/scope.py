@@ -304,9 +304,6 @@ class Scope(Books):
             if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
                 raise
             self.log(error)
-        except asyncio.CancelledError:
-            if not was_cancelled or is_cancelled():
-                raise
         if was_cancelled and not is_cancelled():
             raise RuntimeError(
                 f"{self} was cut off by one of its factories, which has cancelled the task and "

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scoped.core import observer
 from scoped.core.current import current
-from scoped.core.errors import TeardownError, note
+from scoped.core.errors import TeardownError, note, notes_of
 from scoped.core.place import Keeper, Thread, begin_finish
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.resource import LIFESPAN
-from scoped.core.waits import outlast
+from scoped.core.waits import current_task, outlast
 
 if TYPE_CHECKING:
     from scoped.core.resource import Lifetime
@@ -101,8 +101,7 @@ def _over(
     resource = record.resource
     record.gone()
     if error is not None:
-        if isinstance(error, Exception):
-            note(error, f"while {resource} was torn down")
+        note(error, f"while {resource} was torn down")
         problems.append(error)
     if began and (told := observer.observer) is not None:
         told.resource_torn_down(resource, record.scope, perf_counter() - began, error)
@@ -247,16 +246,23 @@ async def _until_none(find: Callable[[], list[Record]], deadline: float, *, in_l
 
 
 def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
-    """A reason to stop bare, if there is one; else the errors, as a group. Empties the list."""
+    """
+    A reason to stop bare, if there is one; else the errors, as a group, and a cancellation among
+    them that nobody has asked for from outside. Empties the list.
+    """
     errors: list[Exception] = []
     fatal: BaseException | None = None
+    is_cancelled = (task := current_task()) is None or task.cancelling() > 0
     for problem in problems:
         if isinstance(problem, Exception):
             errors.append(problem)
+        elif isinstance(problem, asyncio.CancelledError) and not is_cancelled:
+            errors.append(_of_own_cancellation(scope, problem))
         # The later one counts, but no cancellation hides a KeyboardInterrupt.
         elif fatal is None or isinstance(fatal, asyncio.CancelledError):
             fatal = problem
     problems.clear()  # no cycle of what is raised and the frames that it leaves
+    del problem, task
     try:
         if fatal is None:
             raise TeardownError(scope, errors)
@@ -265,3 +271,15 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
         raise fatal
     finally:
         del fatal, errors
+
+
+def _of_own_cancellation(scope: "Scope", cancellation: BaseException) -> RuntimeError:
+    error = RuntimeError(
+        f"A teardown of {scope} was cancelled, though nobody has cancelled the task: it awaited "
+        "something that had been cancelled, or the time was up of a timeout that another factory "
+        "holds across its `yield`. Catch CancelledError where that is meant to be."
+    )
+    error.__cause__ = cancellation
+    for text in notes_of(cancellation):
+        note(error, text)
+    return error
