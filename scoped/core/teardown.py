@@ -252,6 +252,7 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
     """
     errors: list[Exception] = []
     fatal: BaseException | None = None
+    problem: BaseException | None = None
     is_cancelled = (task := current_task()) is None or task.cancelling() > 0
     for problem in problems:
         if isinstance(problem, Exception):
@@ -262,7 +263,6 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
         elif fatal is None or isinstance(fatal, asyncio.CancelledError):
             fatal = problem
     problems.clear()  # no cycle of what is raised and the frames that it leaves
-    del problem, task
     try:
         if fatal is None:
             raise TeardownError(scope, errors)
@@ -270,7 +270,7 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
             scope.log(TeardownError(scope, errors))
         raise fatal
     finally:
-        del fatal, errors
+        del fatal, errors, problem
 
 
 def _of_own_cancellation(scope: "Scope", cancellation: BaseException) -> RuntimeError:
