@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIHandler
+from django.core.signals import request_finished
 from django.http import HttpResponse
 from django.urls import path
 
@@ -37,6 +38,7 @@ STREAMS = ("limits.md", "Streams")
 ANYIO = ("limits.md", "anyio")
 THREADS = ("limits.md", "Threads")
 FACTORIES = ("limits.md", "Factories")
+RESPONSES = ("limits.md", "Responses")
 
 log: list[str] = []
 
@@ -423,3 +425,23 @@ async def test_a_scope_that_one_task_opens_and_another_leaves(first_in_a_child):
         await asyncio.create_task(end())
     assert "was created in a different Context" in str(caught.value.exceptions[0])
     assert log == ["another task"]
+
+
+# Responses
+
+
+@pytest.mark.parametrize(
+    ("view", "told"),
+    [
+        ("right", ["one more", "metrics torn down"]),
+        ("wrong", ["metrics torn down", "too late", "closed"]),
+    ],
+)
+async def test_a_response_with_a_close_of_its_own(project, serve, view, told):
+    downloads = project(RESPONSES).downloads
+    try:
+        async with serve(path("", getattr(downloads, view))) as site:
+            assert (await site.get("/")).status == 200
+    finally:
+        request_finished.disconnect(downloads.count)
+    assert downloads.log == told
