@@ -39,8 +39,8 @@ def import_urls() -> None:
         _ = get_resolver().urlconf_module
     except Exception as error:
         logger.error(
-            "The URLconf could not be imported at start-up, so what it declares with eager=True is "
-            "not set up: %s",
+            "The URLconf could not be imported, so what it declares is not known: it is not set up "
+            "at start-up, though it be declared with eager=True, and not listed. %s",
             printable_repr(error),
             exc_info=error,
         )

@@ -244,8 +244,16 @@ class TestHandler:
         with override_settings(ASGI_APPLICATION=f"{site.name}.routing.application"):
             assert [str(site / "routing.py") in message.msg for message in found()] == [True]
 
-    def test_an_asgi_application_that_is_not_there_is_somebody_elses_error(self, site):
-        with override_settings(ASGI_APPLICATION="nowhere.routing.application"):
+    @pytest.mark.parametrize("setting", ["ASGI_APPLICATION", "WSGI_APPLICATION"])
+    @pytest.mark.parametrize(
+        "value", ["nowhere.routing.application", "broken.routing.application", "application", 3]
+    )
+    def test_an_application_that_cannot_be_found_is_somebody_elses_error(
+        self, site, setting, value, tmp_path, monkeypatch
+    ):
+        (tmp_path / "broken.py").write_text("1 / 0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        with override_settings(**{setting: value}):
             assert found() == []
 
     def test_settings_in_a_package_of_their_own_are_understood(self, site):

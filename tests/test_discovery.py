@@ -107,7 +107,7 @@ def test_a_urlconf_that_cannot_be_imported_is_told_and_the_rest_is_set_up(projec
     project.append("urls.py", 'raise RuntimeError("no views")\n')
     assert start(project) == ["pool of shop.resources"]
     said = project._python("start.py").stderr
-    assert "The URLconf could not be imported at start-up" in said
+    assert "The URLconf could not be imported" in said
     assert "RuntimeError: no views" in said
 
 

@@ -208,7 +208,8 @@ def path_from_here(path: Path) -> str:
 def _asgi_files() -> list[Path]:
     """What serves the project over ASGI, as far as that can be known."""
     # Channels' and daphne's setting.
-    if application := getattr(settings, "ASGI_APPLICATION", None):
+    application = getattr(settings, "ASGI_APPLICATION", None)
+    if application and isinstance(application, str):
         path = _file_of(application.rpartition(".")[0])
         return [] if path is None else [path]
     return _beside_the_settings("asgi.py")
@@ -221,8 +222,8 @@ def _beside_the_settings(name: str) -> list[Path]:
 
 
 def _folders() -> Iterator[Path]:
-    wsgi = (settings.WSGI_APPLICATION or "").rpartition(".")[0]
-    urls = getattr(settings, "ROOT_URLCONF", None)
+    wsgi, urls = settings.WSGI_APPLICATION, getattr(settings, "ROOT_URLCONF", None)
+    wsgi = wsgi.rpartition(".")[0] if isinstance(wsgi, str) else None
     for module in (settings.SETTINGS_MODULE, urls, wsgi):
         if module and isinstance(module, str) and (path := _file_of(module)):
             # So that `settings/production.py` is found to be in `settings` and in the project.
@@ -233,7 +234,7 @@ def _file_of(module: str) -> Path | None:
     """A module's source, without importing it: an asgi.py is made for the server."""
     try:
         spec = find_spec(module)
-    except (ImportError, AttributeError, ValueError):
+    except Exception:  # that of the package around it runs, and may raise anything
         return None
     return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
