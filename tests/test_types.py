@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """\
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from typing import Any
 
 from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
 from scoped.testing import override
@@ -37,6 +38,11 @@ async def async_generator_2() -> AsyncGenerator[Connection, None]:
 @request_scoped
 async def coroutine_function() -> Connection:
     return Connection()
+
+
+@request_scoped
+async def untyped() -> AsyncIterator[Any]:  # of a library without types
+    yield Connection()
 
 
 @request_scoped
@@ -144,6 +150,7 @@ async def view() -> None:
     reveal_type(await async_generator())  # Connection
     reveal_type(await async_generator_2())  # Connection
     reveal_type(await coroutine_function())  # Connection
+    reveal_type(await untyped())  # Any
     reveal_type(generator())  # Connection
     reveal_type(generator_2())  # Connection
     reveal_type(function())  # Connection
@@ -269,7 +276,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 36
+    assert len(expected) == 37
 
     def plain(name: str) -> str:
         return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+|django\.http\.request)\.", "", name)
