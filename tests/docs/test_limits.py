@@ -19,6 +19,7 @@ from django.urls import path
 
 from scoped import (
     AsyncResourceError,
+    LifetimeError,
     ScopeClosedError,
     TeardownError,
     lifespan_scope,
@@ -273,6 +274,22 @@ async def test_a_bare_yield(project, serve, name, closed):
     async with serve(path("", view)) as site:
         await site.get("/")
     assert clients.log == closed
+
+
+@pytest.mark.parametrize("where", ["owner", "child"])
+async def test_a_scope_across_the_yield(project, where):
+    mailboxes = project(FACTORIES).mailboxes
+
+    async def use(name):
+        async with lifespan_scope():
+            coming = getattr(mailboxes, name)()
+            assert await (asyncio.create_task(coming) if where == "child" else coming) == "client"
+
+    await use("right")
+    with pytest.raises(TeardownError) as caught:
+        await use("wrong")
+    [error] = caught.value.exceptions
+    assert isinstance(error, LifetimeError)
 
 
 # Servers; daphne and the kill are in docs/servers.md
