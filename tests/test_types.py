@@ -46,6 +46,21 @@ async def untyped() -> AsyncIterator[Any]:  # of a library without types
 
 
 @request_scoped
+def untyped_function() -> Any:
+    return Connection()
+
+
+@lifespan_scoped
+def untyped_settings() -> Any:
+    return {}
+
+
+@request_scoped(keyed=True)
+def untyped_keyed(name: str) -> Any:
+    return Connection()
+
+
+@request_scoped
 def generator() -> Iterator[Connection]:
     yield Connection()
 
@@ -151,6 +166,9 @@ async def view() -> None:
     reveal_type(await async_generator_2())  # Connection
     reveal_type(await coroutine_function())  # Connection
     reveal_type(await untyped())  # Any
+    reveal_type(untyped_function())  # Any
+    reveal_type(untyped_settings())  # Any
+    reveal_type(untyped_keyed("a"))  # Any
     reveal_type(generator())  # Connection
     reveal_type(generator_2())  # Connection
     reveal_type(function())  # Connection
@@ -276,7 +294,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 37
+    assert len(expected) == 40
 
     def plain(name: str) -> str:
         return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+|django\.http\.request)\.", "", name)

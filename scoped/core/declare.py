@@ -8,7 +8,7 @@ They return a plain function, so that ``await db()`` costs one closure's corouti
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, final, overload
 
 from scoped.core.access import async_access, sync_access
 from scoped.core.errors import FactoryError
@@ -120,7 +120,17 @@ class KeyedSyncResource(Protocol[P, T_co]):
         ...
 
 
+@final
+class _NotKnown:
+    """
+    Nothing's type. Where a checker knows nothing of what a plain ``def`` returns, every overload
+    fits, and pyright takes the first: so this one comes first, for sync code.
+    """
+
+
 class _Decorator(Protocol):
+    @overload
+    def __call__(self, factory: Callable[[], _NotKnown], /) -> SyncResource[Any]: ...
     @overload
     def __call__(self, factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
     @overload
@@ -132,6 +142,8 @@ class _Decorator(Protocol):
 
 
 class _RequestDecorator(Protocol):
+    @overload
+    def __call__(self, factory: Callable[[], _NotKnown], /) -> SyncRequestResource[Any]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, factory: Callable[[], AsyncIterator[T]], /
@@ -148,6 +160,8 @@ class _RequestDecorator(Protocol):
 
 class _KeyedDecorator(Protocol):
     @overload
+    def __call__(self, factory: Callable[P, _NotKnown], /) -> KeyedSyncResource[P, Any]: ...
+    @overload
     def __call__(  # type: ignore[overload-overlap]
         self, factory: Callable[P, AsyncIterator[T]], /
     ) -> KeyedAsyncResource[P, T]: ...
@@ -161,6 +175,8 @@ class _KeyedDecorator(Protocol):
     def __call__(self, factory: Callable[P, T], /) -> KeyedSyncResource[P, T]: ...
 
 
+@overload
+def request_scoped(factory: Callable[[], _NotKnown], /) -> SyncRequestResource[Any]: ...
 @overload
 def request_scoped(  # type: ignore[overload-overlap]
     factory: Callable[[], AsyncIterator[T]], /
@@ -224,6 +240,8 @@ def request_scoped(
     return declare if factory is None else declare(factory)
 
 
+@overload
+def lifespan_scoped(factory: Callable[[], _NotKnown], /) -> SyncResource[Any]: ...
 @overload
 def lifespan_scoped(factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
 @overload
