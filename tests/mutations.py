@@ -1578,6 +1578,38 @@ MUTATIONS = [
         ("core/teardown", "        note(error, text)\n", "        pass\n"),
     ),
     mutation(
+        "a background task begins in an event loop that ends with the view",
+        (
+            "serving/background",
+            "    if around is not None and around.sync_only and sync_parent() is not None:\n",
+            "    if False:\n",
+        ),
+    ),
+    mutation(
+        "no background task may be begun in a scope of sync code",
+        (
+            "serving/background",
+            "around.sync_only and sync_parent() is not None",
+            "around.sync_only",
+        ),
+    ),
+    mutation(
+        "a background task closes a coroutine that somebody else awaits",
+        (
+            "serving/background",
+            '    if getattr(coroutine, "cr_await", None) is None:\n        coroutine.close()\n',
+            "    coroutine.close()\n",
+        ),
+    ),
+    mutation(
+        "a background task that nobody has cancelled ends without a word",
+        (
+            "serving/background",
+            "if isinstance(failure, asyncio.CancelledError) and not is_cancelled():",
+            "if False:",
+        ),
+    ),
+    mutation(
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import PermissionDenied
+from django.core.handlers.wsgi import WSGIHandler
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import override_settings
 from django.utils.decorators import async_only_middleware
@@ -27,8 +28,10 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.core.scope import Scope
 from scoped.serving.threads import LentThread
 from scoped.testing import AsyncClient, assert_no_leaks
+from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
 from tests.views import Views
+from tests.wsgi_server import call
 
 log: list[str] = []
 marker: contextvars.ContextVar[str] = contextvars.ContextVar("marker", default="unset")
@@ -252,6 +255,80 @@ def test_without_an_event_loop_it_says_so() -> None:
         spawn(work())
 
 
+@pytest.mark.parametrize("handler", [WSGIHandler, ScopedWSGIHandler])
+@pytest.mark.parametrize("where", ["/spawns", "/sync/spawns_through_asgiref"])
+def test_nor_in_one_that_ends_with_the_view(handler: Any, where: str) -> None:
+    """Promise 26: under WSGI it would be cancelled, and nobody would hear of it."""
+
+    async def work() -> None: ...
+
+    async def start() -> None:
+        with pytest.raises(RuntimeError, match="ends as soon as the view"):
+            spawn(work())
+        log.append("refused")
+
+    @view
+    async def spawns(request: HttpRequest) -> HttpResponse:
+        await start()
+        return HttpResponse()
+
+    @view
+    def spawns_through_asgiref(request: HttpRequest) -> HttpResponse:
+        async_to_sync(start)()
+        return HttpResponse()
+
+    assert call(handler(), where)[0] == "200 OK"
+    assert log == ["refused"]
+
+
+def test_in_an_event_loop_of_ones_own_it_runs_whatever_is_around_that() -> None:
+    async def work() -> None:
+        log.append("work")
+
+    async def main() -> None:
+        await spawn(work())
+
+    with request_scope():
+        asyncio.run(main())
+    assert log == ["work"]
+
+
+@pytest.mark.parametrize("is_cut_off", [True, False])
+async def test_who_is_given_a_coroutine_that_is_somebody_elses_leaves_it_alone(
+    caplog: pytest.LogCaptureFixture, is_cut_off: bool
+) -> None:
+    async def work() -> None:
+        await asyncio.sleep(0.01)
+        log.append("work")
+
+    coroutine = work()
+    first = spawn(coroutine)
+    await asyncio.sleep(0)
+    second = spawn(coroutine)
+    if is_cut_off:
+        second.cancel()
+    await asyncio.wait([first, second])
+    assert log == ["work"]
+    assert not first.cancelled()
+    assert ("being awaited already" in caplog.text) is not is_cut_off
+
+
+async def test_cancelled_by_nobody_it_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """Promise 26: it has awaited something that was cancelled, say."""
+
+    async def work() -> None:
+        connecting = asyncio.get_running_loop().create_future()
+        connecting.cancel()
+        await connecting
+
+    await spawn(work(), name="the mail")
+    [record] = caplog.records
+    assert "The background task the mail failed" in record.message
+    assert "nobody has cancelled" in record.message
+    assert record.exc_info
+    assert isinstance(record.exc_info[1].__cause__, asyncio.CancelledError)  # type: ignore[union-attr]
+
+
 async def test_it_keeps_nothing_of_the_request_but_its_context() -> None:
     class Held: ...
 
@@ -275,7 +352,13 @@ async def test_it_keeps_nothing_of_the_request_but_its_context() -> None:
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [(pool, "pool"), ("mail", "'mail'"), (None, "None"), (lambda: None, "<lambda>")],
+    [
+        (pool, "pool"),
+        ("mail", "'mail'"),
+        (None, "None"),
+        (lambda: None, "<lambda>"),
+        ((each for each in "mail"), "<genexpr>"),
+    ],
 )
 async def test_what_is_no_coroutine_is_refused_at_once(given: Any, named: str) -> None:
     with pytest.raises(TypeError, match=f"takes a coroutine, and was given .*{named}.* Call the"):

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Coroutine
 from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from asgiref.sync import AsyncToSync
 
@@ -14,7 +14,7 @@ from scoped.core.errors import TeardownError
 from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope
-from scoped.core.waits import running_loop
+from scoped.core.waits import is_cancelled, running_loop, sync_parent
 from scoped.serving.bounds import in_thread, sync_code_ended
 from scoped.serving.threads import LentThread, tidy
 
@@ -72,9 +72,11 @@ def spawn(
     open requests, and then cancels it.
 
     Raises TypeError where it is given no coroutine, ValueError where ``after`` is something
-    else, and RuntimeError where no event loop runs, or no response is to come.
+    else, and RuntimeError where no event loop runs, or one that ends with the call of sync
+    code (under WSGI, say), or no response is to come.
     """
-    if not asyncio.iscoroutine(coroutine):
+    # asyncio's own question takes generators for coroutines on Python 3.11.
+    if not isinstance(cast(object, coroutine), Coroutine):
         raise TypeError(
             f"spawn() takes a coroutine, and was given {_name_of(coroutine)}, of type "
             f"{type(coroutine).__name__}. Call the coroutine function: spawn(send_mail(user))."
@@ -84,7 +86,7 @@ def spawn(
     try:
         _check(_name_of(coroutine), around, after)
     except BaseException:
-        coroutine.close()
+        _close_unused(coroutine)
         raise
     scope = _BackgroundScope(f"the background task {name}")
     context = copy_context()
@@ -109,6 +111,12 @@ def _check(name: str, around: Scope | None, after: str | None) -> None:
         raise RuntimeError(
             f"spawn() was called for {name} where no event loop runs. Call it from "
             "async code, or through `async_to_sync` from a sync view served over ASGI."
+        )
+    if around is not None and around.sync_only and sync_parent() is not None:
+        raise RuntimeError(
+            f"spawn() was called for {name} in an event loop that ends as soon as the view, or "
+            f"the call of async_to_sync(), does: {around} is one of sync code. Serve the project "
+            "over ASGI, `uvicorn project.asgi:application` say; or await it."
         )
     if after not in (None, "response"):
         raise ValueError(f'spawn() knows after="response" alone, and was given after={after!r}.')
@@ -152,7 +160,7 @@ def _ended(
 ) -> None:
     _tasks.discard(task)
     if scope.is_open:  # cancelled before its first step
-        coroutine.close()
+        _close_unused(coroutine)
         closing = context.run(task.get_loop().create_task, _close(scope, name, None))
         _tasks.add(closing)
         closing.add_done_callback(_tasks.discard)
@@ -169,7 +177,13 @@ async def _work(scope: _BackgroundScope, coroutine: Coroutine[Any, Any, object])
             await scope.go
         await coroutine
     finally:
-        coroutine.close()  # it may never have begun
+        _close_unused(coroutine)
+
+
+def _close_unused(coroutine: Coroutine[Any, Any, object]) -> None:
+    """Where it has never begun. Where somebody else has it in hand, that one goes on."""
+    if getattr(coroutine, "cr_await", None) is None:
+        coroutine.close()
 
 
 async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
@@ -197,6 +211,9 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
                 failure = None  # a factory's own, which has said why
         except RuntimeError as error:  # a factory's own, too
             failure = error
+        else:
+            if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
+                failure = _of_own_cancellation(failure)
         finally:
             if thread.is_taken:
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
@@ -209,6 +226,15 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
             raise failure
     finally:
         del failure  # no cycle with this frame
+
+
+def _of_own_cancellation(cancellation: BaseException) -> RuntimeError:
+    error = RuntimeError(
+        "It was cancelled, though nobody has cancelled its task: it awaited something that had "
+        "been. Catch CancelledError where that is meant to be."
+    )
+    error.__cause__ = cancellation
+    return error
 
 
 def _leave(thread: LentThread) -> None:
