@@ -19,6 +19,7 @@ Either raises AssertionError at its end where a test that has passed leaves a re
 
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
@@ -57,16 +58,21 @@ def _begin_with(*fixtures: str, request: pytest.FixtureRequest) -> None:
 
 def _of_its_runner(name: str, request: pytest.FixtureRequest) -> str:
     """That of the fixtures below which runs where the test does."""
-    if "anyio_backend" in request.fixturenames:
-        return f"_scoped_{name}_anyio"
     marker = request.node.get_closest_marker("asyncio")
     # It may be the mark of a whole module: pytest-asyncio makes items of its own of what is async.
-    if marker is None or not type(request.node).__module__.startswith("pytest_asyncio"):
-        return f"_scoped_{name}_sync"
-    loop_scope = marker.kwargs.get("loop_scope") or request.config.getini(
-        "asyncio_default_test_loop_scope"
-    )
-    return f"_scoped_{name}_{loop_scope}"
+    if marker is not None and type(request.node).__module__.startswith("pytest_asyncio"):
+        loop_scope = marker.kwargs.get("loop_scope") or request.config.getini(
+            "asyncio_default_test_loop_scope"
+        )
+        return f"_scoped_{name}_{loop_scope}"
+    # Likewise: it may be a fixture of each test.
+    if "anyio_backend" in request.fixturenames and _is_async(request.function):
+        return f"_scoped_{name}_anyio"
+    return f"_scoped_{name}_sync"
+
+
+def _is_async(test: Any) -> bool:
+    return iscoroutinefunction(getattr(getattr(test, "hypothesis", None), "inner_test", test))
 
 
 # What a test has failed with, while one of the fixtures wants to know.
@@ -81,12 +87,32 @@ def _scoped_failures(request: pytest.FixtureRequest) -> Generator[list[BaseExcep
     del request.node.stash[_failures]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if _failures not in item.stash or call.when == "teardown" or call.excinfo is None:
-        return
-    if not call.excinfo.errisinstance(pytest.skip.Exception):
-        item.stash[_failures].append(call.excinfo.value)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield  # in which pytest's unittest plugin finds out what a TestCase has failed with
+    if _failures in item.stash and call.when != "teardown":
+        if call.excinfo is None:
+            if report.failed:  # by passing, where it was to fail
+                item.stash[_failures].append(pytest.fail.Exception(str(report.longrepr)))
+        elif not call.excinfo.errisinstance(pytest.skip.Exception):
+            item.stash[_failures].append(call.excinfo.value)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def _interrupted(item: pytest.Item) -> Generator[None, Any, Any]:
+    """There is no report of it."""
+    try:
+        return (yield)
+    except (KeyboardInterrupt, pytest.exit.Exception) as error:
+        if _failures in item.stash:
+            item.stash[_failures].append(error)
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call = _interrupted
 
 
 @contextmanager

@@ -1610,6 +1610,44 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "what a TestCase has failed with does not reach the factories",
+        (
+            "pytest_plugin",
+            "    report = yield  # in which pytest's unittest plugin finds out what a TestCase has failed with\n",
+            "",
+        ),
+        (
+            "pytest_plugin",
+            "            item.stash[_failures].append(call.excinfo.value)\n    return report\n",
+            "            item.stash[_failures].append(call.excinfo.value)\n    return (yield)\n",
+        ),
+        (
+            "pytest_plugin",
+            "            if report.failed:  # by passing, where it was to fail\n",
+            "            if False:\n",
+        ),
+    ),
+    mutation(
+        "a test that passes, and was to fail, has not failed for the factories",
+        (
+            "pytest_plugin",
+            "            if report.failed:  # by passing, where it was to fail\n",
+            "            if False:\n",
+        ),
+    ),
+    mutation(
+        "a test that is interrupted commits",
+        (
+            "pytest_plugin",
+            "        if _failures in item.stash:\n            item.stash[_failures].append(error)\n",
+            "",
+        ),
+    ),
+    mutation(
+        "a backend of anyio's makes sync tests async",
+        ("pytest_plugin", " and _is_async(request.function):", ":"),
+    ),
+    mutation(
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",

@@ -247,6 +247,7 @@ def run(folder, *arguments, plugin="pytest_asyncio.plugin", **files):
     return Outcome(ran)
 
 
+LOOP = ("-o", "asyncio_default_fixture_loop_scope=function")
 RUNNERS = {
     "asyncio, function loops": (
         "pytest_asyncio.plugin",
@@ -320,6 +321,139 @@ def test_sync_tests_have_the_same(tmp_path):
         "test_leak_passes_error": {"PASSED", "ERROR"},
     }, outcome.text
     assert outcome.count("sync_db saw ValueError") == 1
+
+
+WHAT_PYTEST_KNOWS = """\
+import unittest
+
+import pytest
+from django.test import SimpleTestCase
+from resources import sync_db
+
+
+class TestOfUnittest(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _scope(self, request_scope):
+        yield
+
+    def test_of_unittest(self):
+        sync_db()
+        raise ValueError
+
+
+class TestOfDjango(SimpleTestCase):
+    @pytest.fixture(autouse=True)
+    def _scope(self, request_scope):
+        yield
+
+    def test_of_django(self):
+        sync_db()
+        raise OSError
+
+
+@pytest.mark.xfail(strict=True)
+def test_that_was_to_fail(request_scope):
+    sync_db()
+
+
+def test_that_unittest_skips(request_scope):
+    sync_db()
+    raise unittest.SkipTest("as unittest does")
+"""
+
+
+def test_what_pytest_alone_knows_to_have_failed_reaches_them_too(tmp_path):
+    outcome = run(tmp_path, plugin="no:asyncio", test_unittest=WHAT_PYTEST_KNOWS)
+    assert outcome.tests == {
+        "test_of_unittest": {"FAILED"},
+        "test_of_django": {"FAILED"},
+        "test_that_was_to_fail": {"FAILED"},
+    }, outcome.text
+    assert "1 skipped" in outcome.text
+    for seen in ("ValueError", "OSError", "Failed", "success"):
+        assert outcome.count(f"sync_db saw {seen}") == 1, (seen, outcome.text)
+
+
+INTERRUPTED = """import asyncio
+import os
+import signal
+
+import pytest
+from resources import db, sync_db
+
+
+@pytest.fixture
+def interrupted(request_scope):
+    sync_db()
+    raise KeyboardInterrupt
+
+
+async def test_by_ctrl_c(request_scope):
+    await db()
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.sleep(60)
+
+
+def test_in_sync_code(request_scope):
+    sync_db()
+    raise KeyboardInterrupt
+
+
+def test_in_set_up(interrupted): ...
+
+
+def test_by_word(request_scope):
+    sync_db()
+    pytest.exit("enough")
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "seen"),
+    [
+        ("test_by_ctrl_c", "db saw KeyboardInterrupt"),
+        ("test_in_sync_code", "sync_db saw KeyboardInterrupt"),
+        ("test_in_set_up", "sync_db saw KeyboardInterrupt"),
+        ("test_by_word", "sync_db saw Exit"),
+    ],
+)
+def test_one_that_is_interrupted_has_failed(tmp_path, test, seen):
+    outcome = run(
+        tmp_path, "-o", "asyncio_mode=auto", "-k", test, *LOOP, test_interrupted=INTERRUPTED
+    )
+    assert outcome.count(seen) == 1, outcome.text
+    assert "saw success" not in outcome.text
+
+
+BACKEND_OF_EACH = """import pytest
+from resources import sync_db
+
+from scoped.testing import AsyncClient, Client
+
+
+@pytest.fixture(autouse=True)
+def anyio_backend():
+    return "asyncio"
+
+
+def test_sync_client_passes(scoped_client):
+    assert isinstance(scoped_client, Client)
+
+
+def test_sync_scope_passes(request_scope):
+    assert sync_db() is sync_db()
+
+
+@pytest.mark.anyio
+async def test_async_client_passes(scoped_client):
+    assert isinstance(scoped_client, AsyncClient)
+"""
+
+
+def test_a_backend_for_each_test_makes_no_test_async(tmp_path):
+    outcome = run(tmp_path, plugin="anyio.pytest_plugin", test_backend=BACKEND_OF_EACH)
+    assert set(map(frozenset, outcome.tests.values())) == {frozenset({"PASSED"})}, outcome.text
+    assert len(outcome.tests) == 3
 
 
 # pytest-django
