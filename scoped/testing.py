@@ -4,14 +4,13 @@ For tests: Django's test clients, served by our handlers; ``override()``; and
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextvars import Context, copy_context
 from copy import copy
 from inspect import unwrap
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from django import test
 from django.core.handlers.base import reset_urlconf
@@ -25,7 +24,7 @@ from scoped.asgi import ScopedASGIHandler
 from scoped.core.current import scope_here
 from scoped.core.inspect import open_scopes, picture
 from scoped.core.lifespan import lifespan_scope
-from scoped.core.override import override
+from scoped.core.override import during_each_call, override
 from scoped.core.request import RequestScope
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
@@ -35,6 +34,8 @@ from scoped.serving.receivers import close_foreign, connect, note_failure, tells
 from scoped.serving.threads import LentThread
 
 __all__ = ["AsyncClient", "Client", "assert_no_leaks", "override"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AsyncClient(test.AsyncClient):
@@ -54,11 +55,12 @@ class AsyncClient(test.AsyncClient):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.handler: Any = AsyncClientHandler(self.handler.enforce_csrf_checks)
-        self._lifespan: lifespan_scope | None = None
+        self._held: list[lifespan_scope] = []  # it may be entered more than once
 
     async def __aenter__(self) -> Self:
-        self._lifespan = lifespan_scope()
-        await self._lifespan.__aenter__()
+        held = lifespan_scope()
+        await held.__aenter__()
+        self._held.append(held)
         return self
 
     async def __aexit__(
@@ -67,8 +69,7 @@ class AsyncClient(test.AsyncClient):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._lifespan is not None
-        await self._lifespan.__aexit__(exc_type, exc, traceback)
+        await self._held.pop().__aexit__(exc_type, exc, traceback)
 
 
 class Client(test.Client):
@@ -87,11 +88,12 @@ class Client(test.Client):
         super().__init__(*args, **kwargs)
         connect()
         self.handler: Any = WSGIClientHandler(self.handler.enforce_csrf_checks)
-        self._lifespan: lifespan_scope | None = None
+        self._held: list[lifespan_scope] = []  # it may be entered more than once
 
     def __enter__(self) -> Self:
-        self._lifespan = lifespan_scope()
-        self._lifespan.__enter__()
+        held = lifespan_scope()
+        held.__enter__()
+        self._held.append(held)
         return self
 
     def __exit__(
@@ -100,8 +102,7 @@ class Client(test.Client):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._lifespan is not None
-        self._lifespan.__exit__(exc_type, exc, traceback)
+        self._held.pop().__exit__(exc_type, exc, traceback)
 
 
 class WSGIClientHandler(ScopedHandler, ClientHandler):
@@ -123,29 +124,47 @@ class WSGIClientHandler(ScopedHandler, ClientHandler):
 tells_of_response.add(WSGIClientHandler)
 
 
-@contextmanager
-def assert_no_leaks() -> Generator[None, None, None]:
+def assert_no_leaks() -> "_NoLeaks":
     """
     Raise AssertionError at the end of the ``with`` where a request scope that was opened
     in it is still open, and so holds what it has set up: a stream that was neither
-    read nor closed, a background task that still runs. Lifespans do not count.
+    read nor closed, a background task that still runs. Lifespans do not count. As a
+    decorator of a function of any kind it looks at the end of each call.
     """
-    before = open_scopes()
-    yield
-    left = [
-        picture(scope, perf_counter())
-        for scope in open_scopes()
-        if isinstance(scope, RequestScope) and scope not in before
-    ]
-    if left:
-        lines = [
-            f"{one.name}, open for {one.seconds:.3f} s, holds: {', '.join(one.resources) or '-'}"
-            for one in left
+    return _NoLeaks()
+
+
+class _NoLeaks:
+    def __enter__(self) -> None:
+        self.before = open_scopes()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        before, self.before = self.before, []
+        if exc_type is not None:
+            return
+        left = [
+            picture(scope, perf_counter())
+            for scope in open_scopes()
+            if isinstance(scope, RequestScope) and scope not in before
         ]
-        raise AssertionError(
-            f"{len(left)} scope(s) still open. Read or close streams, await background tasks.\n"
-            + "\n".join(lines)
-        )
+        if left:
+            lines = [
+                f"{one.name}, open for {one.seconds:.3f} s, holds: "
+                f"{', '.join(one.resources) or '-'}"
+                for one in left
+            ]
+            raise AssertionError(
+                f"{len(left)} scope(s) still open. Read or close streams, await background "
+                "tasks.\n" + "\n".join(lines)
+            )
+
+    def __call__(self, function: F) -> F:
+        return during_each_call(assert_no_leaks, function)
 
 
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.

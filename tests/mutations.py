@@ -1648,6 +1648,34 @@ MUTATIONS = [
         ("pytest_plugin", " and _is_async(request.function):", ":"),
     ),
     mutation(
+        "a client that is entered twice is left once",
+        (
+            "testing",
+            "        await self._held.pop().__aexit__(",
+            "        await self._held[-1].__aexit__(",
+        ),
+    ),
+    mutation(
+        "what has yet to run stands in as a value",
+        ("core/override", "    elif isinstance(stand_in, UNFINISHED):\n", "    elif False:\n"),
+    ),
+    mutation(
+        "a resource that is made of a static method is none of what is of its class",
+        (
+            "core/declare",
+            "return staticmethod(access) if isinstance(function, staticmethod) else access",
+            "return access",
+        ),
+    ),
+    mutation(
+        "leaks of an async function are looked for before it has run",
+        (
+            "testing",
+            "        return during_each_call(assert_no_leaks, function)\n",
+            "        return lambda *args, **kwargs: [function(*args, **kwargs), self.__enter__(), self.__exit__(None, None, None)][0]  # type: ignore\n",
+        ),
+    ),
+    mutation(
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",

@@ -195,3 +195,14 @@ def test_what_is_no_function_or_a_generator_function_is_refused() -> None:
     for thing in (generator, async_generator, type(log), "text", classmethod(len)):
         with pytest.raises(TypeError, match=r"@request_scope\(\) was put on .*It decorates"):
             request_scope()(thing)  # type: ignore[arg-type]
+
+
+def test_a_static_method_is_one_still() -> None:
+    class Commands:
+        @request_scope()
+        @staticmethod
+        def weekly() -> object:
+            return tenant() is tenant()
+
+    assert Commands.weekly() is True
+    assert Commands().weekly() is True

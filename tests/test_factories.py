@@ -332,6 +332,8 @@ class TestDecoratedFactories:
 
         with request_scope():
             assert Resources.__dict__["tenant"]() == "tenant"
+            assert Resources.tenant() == Resources().tenant() == "tenant"
+        assert str(Resources.tenant.resource).startswith(f"{__name__}.")
 
     @DECORATORS
     def test_a_class_method_is_refused(self, declare: Any) -> None:

@@ -353,6 +353,59 @@ class TestOverride:
         with pytest.raises(FactoryError, match=r"stand_in .* is async and cannot stand in for"):
             override(tenant, stand_in)
 
+    async def test_what_is_set_up_with_it_keeps_it(self) -> None:
+        """As the docstring says: so override before the lifespan opens."""
+
+        @lifespan_scoped
+        async def repository() -> str:
+            return f"a repository on {await pool()}"
+
+        async with lifespan_scope():
+            with override(pool, "a fake pool"):
+                assert await repository() == "a repository on a fake pool"
+            assert await pool() == "pool"
+            assert await repository() == "a repository on a fake pool"
+
+    @pytest.mark.parametrize("kind", ["coroutine", "generator", "async_generator"])
+    async def test_what_has_yet_to_run_is_no_value(self, kind: str) -> None:
+        async def fake() -> str:
+            return "fake"
+
+        async def fakes() -> AsyncIterator[str]:
+            yield "fake"
+
+        stand_in: Any = {
+            "coroutine": fake,
+            "generator": lambda: (each for each in "fake"),
+            "async_generator": fakes,
+        }[kind]()
+        with pytest.raises(FactoryError, match=rf"{kind} object .*without the parenthes") as got:
+            override(db, stand_in)
+        assert str(db.resource) in str(got.value)
+        if kind == "generator":  # it is left as it was
+            assert next(stand_in) == "f"
+
+    async def test_it_is_left_once(self) -> None:
+        fake = override(db, "fake")
+        with fake:
+            pass
+        with pytest.raises(RuntimeError, match=r"override\(\) of .*db .* is not in force"):
+            fake.__exit__(None, None, None)
+        with override(db, "another"), pytest.raises(RuntimeError, match="not in force"):
+            fake.__exit__(None, None, None)
+        async with request_scope():
+            assert await db() == "db of pool"
+
+    def test_on_a_static_method_it_is_one_still(self) -> None:
+        class Tests:
+            @override(tenant, "a fake")
+            @staticmethod
+            def test() -> str:
+                return tenant()
+
+        with request_scope():
+            assert (Tests.test(), Tests().test()) == ("a fake", "a fake")
+
     def test_what_is_no_resource_is_refused(self) -> None:
         with pytest.raises(TypeError, match="what @request_scoped or @lifespan_scoped has made"):
             override(len, "a fake")  # type: ignore[arg-type]
@@ -393,6 +446,14 @@ class TestAsyncClient:
             assert response.asgi_request.path == "/plain"
             assert log == ["+db", "+pool", "-db"]
         assert log == ["+db", "+pool", "-db", "-pool"]
+
+    async def test_entered_twice_it_holds_the_lifespan_until_it_is_left_twice(self) -> None:
+        async with AsyncClient() as client:
+            async with client:
+                await client.get("/plain")
+            assert "-pool" not in log
+            await client.get("/plain")
+        assert log == ["+db", "+pool", "-db", "+db", "-db", "-pool"]
 
     async def test_it_runs_the_lifespan(self) -> None:
         async with AsyncClient() as client:
@@ -590,6 +651,13 @@ class TestClient:
             client.get("/sync/plain_sync")
         assert log == ["+settings", *["+tenant", "-tenant"] * 2, "-settings"]
 
+    def test_entered_twice_it_holds_the_lifespan_until_it_is_left_twice(self) -> None:
+        with Client() as client:
+            with client:
+                settings_of_tenants()
+            assert "-settings" not in log
+        assert log == ["+settings", "-settings"]
+
     def test_without_a_lifespan_it_lasts_as_long_as_the_request(self) -> None:
         @view
         def plain_sync(request: HttpRequest) -> HttpResponse:
@@ -680,6 +748,25 @@ class TestNoLeaks:
         async with request_scope(), AsyncClient() as client:
             with assert_no_leaks():
                 await client.get("/plain")
+
+    async def test_as_a_decorator_it_looks_when_the_call_has_ended(self) -> None:
+        left: list[Any] = []
+
+        @assert_no_leaks()
+        async def test_of_mine(*, leaks: bool) -> str:
+            log.append("ran")
+            scope = request_scope()
+            left.append(scope)
+            await scope.__aenter__()
+            if not leaks:
+                await scope.__aexit__(None, None, None)
+            return "result"
+
+        assert await test_of_mine(leaks=False) == "result"
+        with pytest.raises(AssertionError, match=r"1 scope\(s\) still open"):
+            await test_of_mine(leaks=True)
+        assert log == ["ran", "ran"]
+        await left[1].__aexit__(None, None, None)
 
     async def test_the_bodys_own_error_comes_first(self) -> None:
         with pytest.raises(ValueError, match="the test's"), assert_no_leaks():

@@ -40,6 +40,8 @@ def in_scope(new: Callable[[str], _Scope], function: Callable[P, R]) -> Callable
     Raises TypeError for what is none, and for a generator function: between two of its
     steps the scope would be open for whoever takes them.
     """
+    if isinstance(function, staticmethod):  # in a class's body
+        return cast(Callable[P, R], staticmethod(in_scope(new, cast(Any, function).__func__)))
     if not callable(function) or inspect.isclass(function) or _makes_generators(function):
         raise TypeError(
             f"@request_scope() was put on {printable_repr(function)}. It decorates functions and "

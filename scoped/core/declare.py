@@ -306,7 +306,8 @@ def _declare(
                 "where scoped is in INSTALLED_APPS.",
                 resource,
             )
-    return access
+    # In a class's body: it is to be had from what is of the class, too.
+    return staticmethod(access) if isinstance(function, staticmethod) else access
 
 
 def is_resource(thing: object) -> bool:

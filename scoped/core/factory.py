@@ -25,7 +25,7 @@ if sys.version_info >= (3, 14):
 else:
     _signature = inspect.signature
 
-__all__ = ["Factory", "is_function"]
+__all__ = ["UNFINISHED", "Factory", "is_function"]
 
 _ONCE = "Yield the value exactly once; what follows the `yield` tears it down."
 _ITSELF = (
@@ -322,7 +322,7 @@ def _coroutine_function(
 ) -> Callable[..., tuple[None, Awaitable[Any]]]:
     async def value_of(*key: Any) -> Any:
         value = await function(*key)
-        if isinstance(value, _UNFINISHED):
+        if isinstance(value, UNFINISHED):
             if isinstance(value, types.AsyncGeneratorType):
                 await _aclose(cast("AsyncGenerator[Any, None]", value))
             raise _unfinished(label, value)
@@ -337,14 +337,14 @@ def _coroutine_function(
 def _function(label: str, function: Callable[..., Any]) -> Callable[..., tuple[None, Any]]:
     def start(*key: Any) -> tuple[None, Any]:
         value = function(*key)
-        if isinstance(value, _UNFINISHED):
+        if isinstance(value, UNFINISHED):
             raise _unfinished(label, value)
         return None, value
 
     return start
 
 
-_UNFINISHED = types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType
+UNFINISHED = types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType
 
 
 def _unfinished(label: str, value: Any) -> FactoryError:

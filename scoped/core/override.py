@@ -3,11 +3,11 @@
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial, wraps
 from threading import Lock
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction
@@ -20,11 +20,11 @@ from scoped.core.declare import (
     is_resource,
 )
 from scoped.core.errors import FactoryError
-from scoped.core.factory import Factory, is_function
+from scoped.core.factory import UNFINISHED, Factory, is_function
 from scoped.core.names import printable_repr
 from scoped.core.resource import Resource
 
-__all__ = ["overridden", "override"]
+__all__ = ["during_each_call", "overridden", "override"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,7 +49,8 @@ class override:  # noqa: N801 (it is used as a function)
     ``stand_in`` is a factory where it is a function, of any kind that the decorators
     take; sync ones may stand in for async ones. Anything else, a Mock too, is
     the value itself. What a factory yields is torn down with the scope in which it was
-    set up.
+    set up. What is set up with ``stand_in`` keeps it to its own end, as a lifespan's does
+    that outlives the block.
 
     May be nested, the last one counts; undone also when the body raises. In the place
     of a keyed resource a factory gets the arguments.
@@ -59,7 +60,7 @@ class override:  # noqa: N801 (it is used as a function)
 
     Raises TypeError where the first argument is no resource, and where it decorates no
     function; FactoryError where ``stand_in`` is async and the resource is not, or is no
-    factory.
+    factory; RuntimeError where it is left and not in force.
     """
 
     def __init__(self, resource: _AnyResource, stand_in: object, /) -> None:
@@ -86,38 +87,46 @@ class override:  # noqa: N801 (it is used as a function)
     ) -> None:
         with _lock:
             # Not always the last one: tasks that override at once end in any order.
-            recipes = _in_force[self._access]
+            recipes = _in_force.get(self._access, [])
+            if self._recipe not in recipes:
+                raise RuntimeError(f"This override() of {self._access.resource} is not in force.")
             recipes.remove(self._recipe)
             self._access.stand_in(recipes[-1] if recipes else self._access.resource)
             if not recipes:
                 del _in_force[self._access]
 
     def __call__(self, function: F) -> F:
+        if isinstance(function, staticmethod):  # in a class's body
+            return cast(F, staticmethod(self(cast(Any, function).__func__)))
         if not callable(function) or inspect.isclass(function):
             raise TypeError(
                 f"override() was put on {printable_repr(function)}. It decorates functions: put it "
                 "on each, or write `with override(...):`."
             )
         # A new one for each call: so what a factory yields is set up anew in each.
-        new = partial(override, self._access, self._stand_in)
-        for is_kind, _, during in _KINDS:
-            if is_kind(function):
-                return cast(F, during(new, function))
+        return during_each_call(partial(override, self._access, self._stand_in), function)
 
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                stack.enter_context(new())
-                result = function(*args, **kwargs)
-                if asyncio.isfuture(result):
-                    undo = stack.pop_all().close
-                    result.add_done_callback(lambda _: undo())
-                for _, is_result, during in _KINDS:
-                    if is_result(result):
-                        return during(new, lambda: result)()
-                return result
 
-        return cast(F, call)
+def during_each_call(new: "_New", function: F) -> F:
+    """The function, in a new ``with`` block at each call, to the end of what that gives."""
+    for is_kind, _, during in _KINDS:
+        if is_kind(function):
+            return cast(F, during(new, function))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(new())
+            result = function(*args, **kwargs)
+            if asyncio.isfuture(result):
+                undo = stack.pop_all().close
+                result.add_done_callback(lambda _: undo())
+            for _, is_result, during in _KINDS:
+                if is_result(result):
+                    return during(new, lambda: result)()
+            return result
+
+    return cast(F, call)
 
 
 def overridden() -> list[Resource[Any]]:
@@ -126,7 +135,10 @@ def overridden() -> list[Resource[Any]]:
         return [access.resource for access in _in_force]
 
 
-def _during_coroutine(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+_New = Callable[[], AbstractContextManager[Any]]
+
+
+def _during_coroutine(new: _New, function: Callable[..., Any]) -> Any:
     @wraps(function)
     async def coroutine(*args: Any, **kwargs: Any) -> Any:
         with new():
@@ -135,7 +147,7 @@ def _during_coroutine(new: Callable[[], override], function: Callable[..., Any])
     return coroutine
 
 
-def _during_generator(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+def _during_generator(new: _New, function: Callable[..., Any]) -> Any:
     @wraps(function)
     def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         with new():
@@ -145,7 +157,7 @@ def _during_generator(new: Callable[[], override], function: Callable[..., Any])
     return generator
 
 
-def _during_async_generator(new: Callable[[], override], function: Callable[..., Any]) -> Any:
+def _during_async_generator(new: _New, function: Callable[..., Any]) -> Any:
     @wraps(function)
     async def async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         with new():
@@ -187,6 +199,16 @@ def _recipe(resource: Resource[Any], stand_in: Any) -> Resource[Any]:
             factory = replace(
                 factory, name=of.name, declared_at=of.declared_at, function=of.function
             )
+    elif isinstance(stand_in, UNFINISHED):
+        name = printable_repr(cast(object, stand_in))
+        if isinstance(stand_in, CoroutineType):
+            stand_in.close()  # nobody is to be told that it was never awaited, too
+        raise FactoryError(
+            resource,
+            f"was to be overridden by {name}, which has yet to run",
+            "Give override() the function itself, without the parentheses of a call; or, where "
+            "what it gives is the value, a list of that.",
+        )
     else:
         factory = Factory.of(lambda *_: stand_in, keyed=keyed)
         factory = replace(factory, name=f"override of {resource.factory.name}")
