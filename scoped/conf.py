@@ -34,6 +34,10 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+# More seconds than this are no bound, and far more than the platform's waits take.
+_MOST = 1_000_000
+
+
 def problems() -> list[tuple[str, str]]:
     """What is wrong with the setting, each with what to do."""
     given: Any = getattr(settings, "SCOPED", {})
@@ -56,11 +60,13 @@ def problems() -> list[tuple[str, str]]:
 def _correction(key: str, value: Any) -> str:
     number: float = value if isinstance(value, int | float) else -1
     is_number = number is value and not isinstance(value, bool)
-    if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not (is_number and number > 0):
-        return "Set it to a number of seconds greater than 0."
-    if key == "LONG_STREAM" and value is not None and not (is_number and number > 0):
-        return "Set it to a number of seconds greater than 0, or to None for never."
-    if key == "MAX_IDLE_THREADS" and not (is_number and number >= 0 and number % 1 == 0):
+    are_seconds = is_number and 0 < number <= _MOST
+    seconds = f"Set it to a number of seconds greater than 0, and {_MOST:,} at most"
+    if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not are_seconds:
+        return f"{seconds}."
+    if key == "LONG_STREAM" and value is not None and not are_seconds:
+        return f"{seconds}, or to None for never."
+    if key == "MAX_IDLE_THREADS" and not (is_number and 0 <= number <= _MOST and number % 1 == 0):
         return "Set it to a number of threads, 0 or more."
     return ""
 

@@ -20,6 +20,9 @@ __all__ = ["import_resources", "import_urls"]
 logger = logging.getLogger("scoped")
 
 
+_told: list[str] = []  # what the URLconf has raised
+
+
 def import_resources() -> None:
     """Every ``resources.py``. Raises what one of them raises."""
     autodiscover_modules("resources")
@@ -37,7 +40,11 @@ def import_urls() -> None:
         return
     try:
         _ = get_resolver().urlconf_module
+        _told.clear()
     except Exception as error:
+        if str(error) in _told:  # by the last of several checks, say
+            return
+        _told[:] = [str(error)]
         logger.error(
             "The URLconf could not be imported, so what it declares is not known: it is not set up "
             "at start-up, though it be declared with eager=True, and not listed. %s",
@@ -63,7 +70,7 @@ def _beside_the_settings() -> list[str]:
 def _is_there(name: str) -> bool:
     try:
         spec = find_spec(name)
-    except (ImportError, ValueError):
+    except Exception:  # the package around it runs; who needs that meets what it raises
         return False
     if spec is None or spec.origin is None:
         return False

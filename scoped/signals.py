@@ -24,10 +24,10 @@ What they raise is logged (logger ``django.dispatch``), and changes nothing.
 """
 
 from collections.abc import Callable
-from inspect import iscoroutinefunction
 from typing import Any
 from weakref import ReferenceType
 
+from asgiref.sync import iscoroutinefunction
 from django.dispatch import Signal
 
 from scoped.core import observer
@@ -46,7 +46,7 @@ class _Event(Signal):
         weak: bool = True,
         dispatch_uid: object = None,
     ) -> None:
-        if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__")):  # noqa: B004, B009
+        if any(map(iscoroutinefunction, (receiver, getattr(receiver, "__call__")))):  # noqa: B004, B009
             raise TypeError(
                 f"{receiver!r} is async, and this signal is sent by code that cannot wait for it. "
                 "Connect a sync function, and hand on from there what takes longer."

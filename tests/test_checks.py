@@ -1,6 +1,7 @@
 """What ``manage.py check`` says of a project before it is served, and of what it keeps silent."""
 
 import contextvars
+import linecache
 import logging
 import re
 import runpy
@@ -346,6 +347,21 @@ class TestRunserver:
         assert (message.id, message.level) == ("scoped.W005", WARNING)
         assert db.resource.factory.name in message.msg
         assert f"`uvicorn --reload {site.name}.asgi:application" in message.hint
+
+    def test_it_names_the_application_as_servers_take_it(self, site, db, monkeypatch):
+        inner = site / "inner"
+        inner.mkdir()
+        for name in ("__init__.py", "settings.py"):
+            (inner / name).touch()
+        (site / "asgi.py").rename(inner / "asgi.py")
+        with override_settings(ROOT_URLCONF=None, SETTINGS_MODULE=f"{site.name}.inner.settings"):
+            monkeypatch.chdir(inner)
+            [message] = found()
+            assert f"`uvicorn --reload {site.name}.inner.asgi:application " in message.hint
+        (site / "routing.py").write_text(OURS)
+        with override_settings(ASGI_APPLICATION=f"{site.name}.routing.app"):
+            [message] = found()
+            assert f"`uvicorn --reload {site.name}.routing:app " in message.hint
 
     def test_that_of_staticfiles_is_djangos_too(self, site, db):
         with apps_with("django.contrib.staticfiles"):
@@ -819,6 +835,15 @@ to the left of everything
         kept = [names["unseen"], request_scoped(lambda: (yield)), request_scoped(globals)]
         assert found() == []
         assert len(Resource.declared) == len(kept)
+
+    @pytest.mark.parametrize(
+        "edited", ["def factory(\n    print((1\n", "('\n\n", '""" \n', "\0\n\0", ""]
+    )
+    def test_a_source_that_has_been_edited_since_gets_no_warning(self, tmp_path, edited):
+        factory = factory_with(SKIPPED["after it"], tmp_path)
+        (tmp_path / "factories.py").write_text(edited)
+        linecache.checkcache()
+        assert first_skipped_line(factory) is None
 
     def test_a_lambda_is_not_taken_for_the_function_around_it(self, tmp_path):
         body = "inner = lambda: (yield); yield inner; inner.close()"

@@ -111,6 +111,19 @@ def test_a_urlconf_that_cannot_be_imported_is_told_and_the_rest_is_set_up(projec
     assert "RuntimeError: no views" in said
 
 
+def test_one_whose_package_raises_is_told_of_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "raises").mkdir()
+    (tmp_path / "raises" / "__init__.py").write_text("raise RuntimeError('no package')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with override_settings(ROOT_URLCONF="raises.urls"):
+        import_resources()
+        for _ in range(3):  # as several checks do
+            import_urls()
+    assert caplog.text.count("The URLconf could not be imported") == 1
+
+
 @pytest.mark.parametrize("urlconf", [None, "nowhere.urls"])
 def test_where_there_is_no_urlconf_there_is_nothing_to_find(
     urlconf: str | None, caplog: pytest.LogCaptureFixture

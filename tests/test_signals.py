@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import markcoroutinefunction, sync_to_async
 from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
 from django.urls import path
@@ -353,8 +353,12 @@ async def test_a_receiver_that_raises_is_logged_and_changes_nothing(
 def test_an_async_receiver_is_refused() -> None:
     async def receiver(**kwargs: Any) -> None: ...
 
-    with pytest.raises(TypeError, match="Connect a sync function"):
-        signals.scope_opened.connect(receiver)
+    def marked(**kwargs: Any) -> Any: ...
+
+    markcoroutinefunction(marked)  # as asgiref and Django do what is async and no `async def`
+    for refused in (receiver, marked):
+        with pytest.raises(TypeError, match="Connect a sync function"):
+            signals.scope_opened.connect(refused)
     assert events.observer is None
 
 

@@ -103,16 +103,29 @@ def check_runserver(**kwargs: Any) -> list[CheckMessage]:
     paths, names = _asgi_files(), _async_resources()
     if not paths or not names:
         return []
-    module = ".".join(Path(path_from_here(paths[0])).with_suffix("").parts[-2:])
     return [
         checks.Warning(
             "Django's runserver is a WSGI server. Async resources raise AsyncResourceError under "
             f"it: {', '.join(names)}.",
-            hint=f"Run `uvicorn --reload {module}:application --timeout-graceful-shutdown 5`; or "
+            hint=f"Run `uvicorn --reload {_asgi_application(paths[0])} "
+            "--timeout-graceful-shutdown 5`; or "
             'put "daphne" first in INSTALLED_APPS, whose runserver serves over ASGI.',
             id="scoped.W005",
         )
     ]
+
+
+def _asgi_application(path: Path) -> str:
+    """As servers take it."""
+    if isinstance(given := getattr(settings, "ASGI_APPLICATION", None), str):
+        module, _, name = given.rpartition(".")
+        return f"{module}:{name}"
+    parts = path.resolve().with_suffix("").parts
+    for folder in sys.path:
+        above = Path(folder).resolve().parts
+        if parts[: len(above)] == above and all(map(str.isidentifier, parts[len(above) :])):
+            return f"{'.'.join(parts[len(above) :])}:application"
+    return f"{parts[-1]}:application"
 
 
 def _async_resources() -> list[str]:

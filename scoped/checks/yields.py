@@ -44,7 +44,7 @@ def _parse(code: Any) -> _Definition | None:
         # Not dedent(), which a string over several lines may defeat.
         is_indented = source[:1].isspace()
         tree = ast.parse(f"if True:\n{source}" if is_indented else source)
-    except (OSError, TypeError, SyntaxError):
+    except Exception:  # it may have been edited since it was imported, and be anything
         return None
     ast.increment_lineno(tree, code.co_firstlineno - (2 if is_indented else 1))
     for node in ast.walk(tree):

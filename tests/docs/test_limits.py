@@ -14,6 +14,7 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import request_finished
+from django.dispatch import receiver
 from django.http import HttpResponse
 from django.urls import path
 
@@ -278,16 +279,29 @@ async def test_a_bare_yield(project, serve, name, closed):
 
 @pytest.mark.parametrize("where", ["owner", "child"])
 async def test_a_scope_across_the_yield(project, where):
-    mailboxes = project(FACTORIES).mailboxes
+    client = project(FACTORIES).clients.guarded
 
-    async def use(name):
+    @lifespan_scoped
+    async def asks_after_it():
+        async with request_scope():
+            yield await client()
+            await client()
+
+    @lifespan_scoped
+    async def has_it():
+        async with request_scope():
+            value = await client()
+            yield value
+            log.append(value)
+
+    async def use(resource):
         async with lifespan_scope():
-            coming = getattr(mailboxes, name)()
-            assert await (asyncio.create_task(coming) if where == "child" else coming) == "client"
+            await (asyncio.create_task(resource()) if where == "child" else resource())
 
-    await use("right")
+    await use(has_it)
+    assert log == ["client"]
     with pytest.raises(TeardownError) as caught:
-        await use("wrong")
+        await use(asks_after_it)
     [error] = caught.value.exceptions
     assert isinstance(error, LifetimeError)
 
@@ -448,17 +462,34 @@ async def test_a_scope_that_one_task_opens_and_another_leaves(first_in_a_child):
 
 
 @pytest.mark.parametrize(
-    ("view", "told"),
+    ("name", "told"),
     [
-        ("right", ["one more", "metrics torn down"]),
-        ("wrong", ["metrics torn down", "too late", "closed"]),
+        ("HttpResponse", ["one more", "metrics torn down"]),
+        ("Download", ["metrics torn down", "too late", "closed"]),
     ],
 )
-async def test_a_response_with_a_close_of_its_own(project, serve, view, told):
+async def test_a_response_with_a_close_of_its_own(project, serve, name, told):
     downloads = project(RESPONSES).downloads
+
+    @request_scoped
+    async def metrics():
+        yield downloads.log
+        downloads.log.append("metrics torn down")
+
+    @receiver(request_finished)
+    async def count(sender, **kwargs):
+        try:
+            (await metrics()).append("one more")
+        except ScopeClosedError:
+            downloads.log.append("too late")
+
+    async def view(request):
+        await metrics()
+        return getattr(downloads, name)("data")
+
     try:
-        async with serve(path("", getattr(downloads, view))) as site:
+        async with serve(path("", view)) as site:
             assert (await site.get("/")).status == 200
     finally:
-        request_finished.disconnect(downloads.count)
+        request_finished.disconnect(count)
     assert downloads.log == told

@@ -3,13 +3,28 @@
 import os
 import subprocess
 import sys
+import time
+import unittest
+import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from django.http import HttpResponse
+from django.test import LiveServerTestCase, override_settings
+from django.urls import path
 
-from scoped import current_scope, lifespan_scope, lifespan_scoped, request_scope, request_scoped
+from scoped import (
+    current_scope,
+    inspect,
+    lifespan_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+)
 from scoped.testing import override
 from tests import pages
+from tests.docs.project import urls
 from tests.slowness import within
 
 PAGE = pages.DOCS / "testing.md"
@@ -293,3 +308,26 @@ def test_how_long_in_sync_code():
                 registry()
         assert log == ["+registry"]
     assert log == ["+registry", "-registry"]
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_how_long_in_a_live_server(is_held):
+    def view(request):
+        registry()
+        return HttpResponse("ok")
+
+    class Tests(LiveServerTestCase):
+        databases = frozenset()
+
+        def test(self):
+            with lifespan_scope() if is_held else nullcontext():
+                for _ in range(2):
+                    with urllib.request.urlopen(self.live_server_url) as response:  # noqa: S310
+                        assert response.read() == b"ok"
+                    while [scope for scope in inspect() if scope.name.startswith("the request")]:
+                        time.sleep(0.001)  # it ends after its client has all
+
+    with urls(path("", view)), override_settings(STATIC_URL="static/"):
+        unittest.TestSuite([Tests("test")]).run(result := unittest.TestResult())
+    assert result.wasSuccessful(), result
+    assert log == ["+registry", "-registry"] * (1 if is_held else 2)
