@@ -4,6 +4,7 @@ the end of ``request_finished``, which comes exactly once, however the request
 ends.
 """
 
+import asyncio
 import logging
 from inspect import unwrap
 from io import BytesIO
@@ -18,6 +19,7 @@ from scoped import conf
 from scoped.core.errors import notes_of
 from scoped.core.lifespan import lifespan_scope
 from scoped.core.names import printable_repr
+from scoped.core.waits import is_cancelled
 from scoped.discovery import import_urls
 from scoped.dispatch import Receiver
 from scoped.serving.exchange import Exchange, Message, Receive, Send
@@ -128,7 +130,9 @@ async def _serve_lifespan(receive: Receive, send: Send) -> None:
             phase = "shutdown"
             await receive()
         await idle_ended()
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            raise
         notes = "".join(f" ({note})" for note in notes_of(error))
         logger.exception("The %s of the lifespan failed.", phase)
         await send(

@@ -60,14 +60,15 @@ def problems() -> list[tuple[str, str]]:
 def _correction(key: str, value: Any) -> str:
     number: float = value if isinstance(value, int | float) else -1
     is_number = number is value and not isinstance(value, bool)
-    are_seconds = is_number and 0 < number <= _MOST
+    most = float("inf") if key == "SLOW_TEARDOWN" else _MOST  # that is no wait
+    are_seconds = is_number and 0 < number <= most
     seconds = f"Set it to a number of seconds greater than 0, and {_MOST:,} at most"
     if key.endswith(("_TIMEOUT", "_TEARDOWN")) and not are_seconds:
         return f"{seconds}."
     if key == "LONG_STREAM" and value is not None and not are_seconds:
         return f"{seconds}, or to None for never."
     if key == "MAX_IDLE_THREADS" and not (is_number and 0 <= number <= _MOST and number % 1 == 0):
-        return "Set it to a number of threads, 0 or more."
+        return f"Set it to a number of threads, 0 or more, and {_MOST:,} at most."
     return ""
 
 

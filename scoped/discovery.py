@@ -42,13 +42,13 @@ def import_urls() -> None:
         _ = get_resolver().urlconf_module
         _told.clear()
     except Exception as error:
-        if str(error) in _told:  # by the last of several checks, say
+        if (said := printable_repr(error)) in _told:  # by the last of several checks, say
             return
-        _told[:] = [str(error)]
+        _told[:] = [said]
         logger.error(
             "The URLconf could not be imported, so what it declares is not known: it is not set up "
             "at start-up, though it be declared with eager=True, and not listed. %s",
-            printable_repr(error),
+            said,
             exc_info=error,
         )
 

@@ -129,7 +129,7 @@ def assert_no_leaks() -> "_NoLeaks":
     Raise AssertionError at the end of the ``with`` where a request scope that was opened
     in it is still open, and so holds what it has set up: a stream that was neither
     read nor closed, a background task that still runs. Lifespans do not count. As a
-    decorator of a function of any kind it looks at the end of each call.
+    decorator of a function or coroutine function it looks at the end of each call.
     """
     return _NoLeaks()
 
@@ -164,7 +164,7 @@ class _NoLeaks:
             )
 
     def __call__(self, function: F) -> F:
-        return during_each_call(assert_no_leaks, function)
+        return during_each_call(assert_no_leaks, function, "assert_no_leaks")
 
 
 # Event loops hold tasks weakly, and a test may drop a response that it has not read.

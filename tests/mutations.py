@@ -910,7 +910,7 @@ MUTATIONS = [
         "a request scope that a lifespan's factory holds is waited for",
         (
             "core/request",
-            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine\n                return\n",
+            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine.scope.lifespan\n                return\n",
             "",
         ),
     ),
@@ -926,8 +926,8 @@ MUTATIONS = [
         "what is opened as an implied lifespan ends has another",
         (
             "core/request",
-            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine  #",
-            "            if (mine := None) is not None:\n                self.lifespan = mine  #",
+            "            if (mine := of_whose_factory(self.around, self.loop)) is not None:\n                self.lifespan = mine.scope.lifespan  #",
+            "            if (mine := None) is not None:\n                self.lifespan = mine.scope.lifespan  #",
         ),
     ),
     mutation(
@@ -1581,16 +1581,72 @@ MUTATIONS = [
         "a background task begins in an event loop that ends with the view",
         (
             "serving/background",
-            "    if around is not None and around.sync_only and sync_parent() is not None:\n",
+            "    if around is not None and around.sync_only and around.request is not None and _is_brief(loop):\n",
             "    if False:\n",
         ),
     ),
     mutation(
         "no background task may be begun in a scope of sync code",
+        ("serving/background", "around.request is not None and _is_brief(loop)", "True"),
+    ),
+    mutation(
+        "a background task that is cut off with its event loop is not told of",
         (
             "serving/background",
-            "around.sync_only and sync_parent() is not None",
-            "around.sync_only",
+            "        elif scope.is_brief and not _is_brief(asyncio.get_running_loop()):\n",
+            "        elif False:\n",
+        ),
+    ),
+    mutation(
+        "a background task that somebody has cancelled is told of as cut off",
+        (
+            "serving/background",
+            "        elif scope.is_brief and not _is_brief(asyncio.get_running_loop()):\n",
+            "        elif scope.is_brief:\n",
+        ),
+    ),
+    mutation(
+        "a background task that nobody has cancelled hides that behind what its teardown says",
+        ("serving/background", " and was_cancelled != is_cancelled():", ":"),
+    ),
+    mutation(
+        "what is cancelled in the thread for sync code passes for done",
+        (
+            "core/waits",
+            "error = asyncio.CancelledError() if task.cancelled() else task.exception()",
+            "error = None if task.cancelled() else task.exception()",
+        ),
+    ),
+    mutation(
+        "a server whose start-up awaits something cancelled takes that for its end",
+        (
+            "asgi",
+            "    except (Exception, asyncio.CancelledError) as error:\n",
+            "    except Exception as error:\n",
+        ),
+    ),
+    mutation(
+        "a shutdown that is cancelled is told of as its failure",
+        ("asgi", "isinstance(error, asyncio.CancelledError) and is_cancelled()", "False"),
+    ),
+    mutation(
+        "what a factory opens in its lifespan knows nothing of that factory",
+        (
+            "core/lifespan",
+            "            self._here, self._scope = mine, mine.scope\n",
+            "            self._here = self._scope = mine.scope\n",
+        ),
+    ),
+    mutation(
+        "sync code in a factory's thread is part of an event loop's lifespan",
+        ("core/lifespan", "mine.scope.is_open and mine.scope.loop is loop:", "mine.scope.is_open:"),
+    ),
+    mutation(
+        "what is eager is set up once more by its own end",
+        (
+            "core/lifespan",
+            "        self._sets_up = mine is None\n",
+            "        self._sets_up = True\n",
         ),
     ),
     mutation(
@@ -1663,15 +1719,15 @@ MUTATIONS = [
         "a resource that is made of a static method is none of what is of its class",
         (
             "core/declare",
-            "return staticmethod(access) if isinstance(function, staticmethod) else access",
-            "return access",
+            "    if isinstance(function, staticmethod):  # in a class's body: so it is to be had as one\n",
+            "    if False:\n",
         ),
     ),
     mutation(
         "leaks of an async function are looked for before it has run",
         (
             "testing",
-            "        return during_each_call(assert_no_leaks, function)\n",
+            '        return during_each_call(assert_no_leaks, function, "assert_no_leaks")\n',
             "        return lambda *args, **kwargs: [function(*args, **kwargs), self.__enter__(), self.__exit__(None, None, None)][0]  # type: ignore\n",
         ),
     ),
@@ -1679,16 +1735,16 @@ MUTATIONS = [
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",
-            "        self._is_part = mine is not None and mine.is_open\n",
-            "        self._is_part = False\n",
+            "        if mine is not None and mine.scope.is_open and",
+            "        if mine is not None and False and",
         ),
     ),
     mutation(
         "a lifespan that closes is that of what its factories open",
         (
             "core/lifespan",
-            "        self._is_part = mine is not None and mine.is_open\n",
-            "        self._is_part = mine is not None\n",
+            "        if mine is not None and mine.scope.is_open and",
+            "        if mine is not None and",
         ),
     ),
     mutation(

@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -263,7 +264,7 @@ def test_nor_in_one_that_ends_with_the_view(handler: Any, where: str) -> None:
     async def work() -> None: ...
 
     async def start() -> None:
-        with pytest.raises(RuntimeError, match="ends as soon as the view"):
+        with pytest.raises(RuntimeError, match="ends with the view"):
             spawn(work())
         log.append("refused")
 
@@ -279,6 +280,82 @@ def test_nor_in_one_that_ends_with_the_view(handler: Any, where: str) -> None:
 
     assert call(handler(), where)[0] == "200 OK"
     assert log == ["refused"]
+
+
+async def test_a_scope_that_sync_code_opens_in_a_request_changes_nothing() -> None:
+    async def work() -> None:
+        log.append("work")
+
+    async def start() -> None:
+        spawn(work())
+
+    @request_scope()
+    def service() -> None:
+        async_to_sync(start)()
+
+    @view
+    def serves(request: HttpRequest) -> HttpResponse:
+        service()
+        return HttpResponse()
+
+    async with lifespan_scope():
+        await get("/sync/serves")
+    assert log == ["work"]
+
+
+@pytest.mark.parametrize("is_in_scope", [True, False])
+def test_cut_off_with_the_event_loop_of_sync_code_it_is_told_of(
+    is_in_scope: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise 26."""
+
+    async def work() -> None:
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        async with request_scope() if is_in_scope else nullcontext():
+            spawn(work(), name="the mail")
+            await asyncio.sleep(0)
+            spawn(work(), name="another").cancel()  # by somebody who knows
+            await asyncio.sleep(0.01)
+
+    async_to_sync(main)()
+    [record] = caplog.records
+    assert "The background task the mail was cut off" in record.message
+
+
+def test_what_waits_for_it_in_the_event_loop_of_sync_code_has_it() -> None:
+    async def work() -> None:
+        await asyncio.sleep(0.001)
+        log.append("work")
+
+    async def main() -> None:
+        await spawn(work())
+        async with lifespan_scope():
+            spawn(work())
+
+    with request_scope():
+        async_to_sync(main)()
+    assert log == ["work", "work"]
+
+
+async def test_cancelled_by_nobody_it_has_failed_and_so_may_its_teardown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @request_scoped
+    async def broken() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            raise ValueError("broken")
+
+    async def work() -> None:
+        await broken()
+        raise asyncio.CancelledError
+
+    await spawn(work())
+    assert ["torn down" in record.message for record in caplog.records] == [True, False]
+    assert "nobody has cancelled" in caplog.records[1].message
 
 
 def test_in_an_event_loop_of_ones_own_it_runs_whatever_is_around_that() -> None:

@@ -363,6 +363,11 @@ class TestRunserver:
             [message] = found()
             assert f"`uvicorn --reload {site.name}.routing:app " in message.hint
 
+    def test_a_folder_of_sources_is_no_package(self, site, db, monkeypatch):
+        monkeypatch.syspath_prepend(site.parent.parent)
+        [message] = found()
+        assert f"`uvicorn --reload {site.name}.asgi:application " in message.hint
+
     def test_that_of_staticfiles_is_djangos_too(self, site, db):
         with apps_with("django.contrib.staticfiles"):
             assert [message.id for message in found()] == ["scoped.W005"]

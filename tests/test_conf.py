@@ -25,6 +25,7 @@ def test_settings_are_in_force_and_undone():
         SCOPED={
             "TEARDOWN_TIMEOUT": 1,
             "SHUTDOWN_TIMEOUT": 2.5,
+            "SLOW_TEARDOWN": float("inf"),
             "MAX_IDLE_THREADS": 0,
             "LONG_STREAM": None,
         }
@@ -43,6 +44,7 @@ def test_settings_are_in_force_and_undone():
         ({"SHUTDOWN_TIMEOUT": True}, "number of seconds greater than 0"),
         ({"TEARDOWN_TIMEOUT": float("inf")}, "and 1,000,000 at most"),
         ({"SHUTDOWN_TIMEOUT": 10**400}, "and 1,000,000 at most"),
+        ({"MAX_IDLE_THREADS": 10**7}, "and 1,000,000 at most"),
         ({"SLOW_TEARDOWN": float("nan")}, "number of seconds greater than 0"),
         ({"LONG_STREAM": float("inf")}, "at most, or to None for never"),
         ({"LONG_STREAM": 0}, "number of seconds greater than 0, .* or to None for never"),

@@ -334,6 +334,8 @@ class TestDecoratedFactories:
             assert Resources.__dict__["tenant"]() == "tenant"
             assert Resources.tenant() == Resources().tenant() == "tenant"
         assert str(Resources.tenant.resource).startswith(f"{__name__}.")
+        with pytest.raises(FactoryError, match="is a resource already"):
+            lifespan_scoped(Resources.__dict__["tenant"])
 
     @DECORATORS
     def test_a_class_method_is_refused(self, declare: Any) -> None:

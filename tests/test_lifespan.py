@@ -13,6 +13,7 @@ from asgiref.sync import sync_to_async
 
 from scoped import (
     AsyncResourceError,
+    CircularResourceError,
     NoScopeError,
     ScopeClosedError,
     TeardownError,
@@ -1115,6 +1116,83 @@ class TestRequestScopesOfItsFactories:
         async with lifespan_scope():
             assert await schema() == "schema"
         assert log == ["schema"]
+
+    @pytest.mark.parametrize("is_held", [True, False])
+    async def test_a_request_in_that_is_of_the_same_factory(
+        self, log: list[str], is_held: bool
+    ) -> None:
+        worker = self.resources(log)
+
+        @lifespan_scoped
+        async def outer() -> AsyncIterator[str]:
+            async with lifespan_scope(), request_scope():
+                yield await worker()
+            log.append("-outer")
+
+        async with lifespan_scope() if is_held else request_scope():
+            await outer()
+        assert log == ["+pool", "-outer", "-db, with the pool", "-worker", "-pool"]
+
+    @pytest.mark.timeout(20)
+    async def test_what_asks_for_itself_in_one_is_a_circle(self) -> None:
+        @lifespan_scoped
+        async def inline() -> None:
+            async with lifespan_scope():
+                await inline()
+
+        @lifespan_scoped
+        async def in_child() -> None:
+            async with lifespan_scope(), request_scope():
+                await asyncio.create_task(in_child())
+
+        async with lifespan_scope():
+            for resource in (inline, in_child):
+                with pytest.raises(CircularResourceError):
+                    await resource()
+
+    @pytest.mark.timeout(20)
+    def test_what_asks_for_itself_in_one_of_sync_code_is_a_circle(self) -> None:
+        @lifespan_scoped
+        def settings() -> None:
+            with lifespan_scope():
+                settings()
+
+        with lifespan_scope(), pytest.raises(CircularResourceError):
+            settings()
+
+    async def test_an_eager_one_may_open_one_as_it_ends(self, log: list[str]) -> None:
+        @lifespan_scoped(eager=True)
+        async def schema() -> AsyncIterator[str]:
+            log.append("+schema")
+            yield "schema"
+            async with lifespan_scope():
+                log.append("-schema")
+
+        async with lifespan_scope():
+            pass
+        assert log == ["+schema", "-schema"]
+
+    async def test_one_that_sync_code_opens_in_a_thread_is_that_of_sync_code(
+        self, log: list[str]
+    ) -> None:
+        @lifespan_scoped
+        def registry() -> Iterator[str]:
+            yield "registry"
+            log.append("-registry")
+
+        def migrate() -> None:
+            with lifespan_scope():
+                registry()
+            log.append("migrated")
+
+        @lifespan_scoped
+        async def database() -> str:
+            await asyncio.to_thread(migrate)
+            return "database"
+
+        async with lifespan_scope():
+            await database()
+            assert log == ["-registry", "migrated"]
 
     async def test_what_it_opens_as_it_ends_is_a_new_lifespan(self, log: list[str]) -> None:
         @lifespan_scoped

@@ -445,7 +445,7 @@ class TestAllOfIt:
         assert log == ["two", "one"]
         (error,) = caught.value.exceptions
         assert isinstance(error.__cause__, asyncio.CancelledError)
-        assert "nobody has cancelled" in str(error)
+        assert "the task that closes it was not" in str(error)
         assert error.__notes__ == [f"while {two.resource} was torn down"]
 
     async def test_so_has_one_in_which_the_time_of_anothers_timeout_is_up(

@@ -403,8 +403,17 @@ class TestOverride:
             def test() -> str:
                 return tenant()
 
+            @request_scoped
+            @staticmethod
+            def mine() -> str:
+                return "mine"
+
+            fake = override(mine, "a fake of mine")
+
         with request_scope():
             assert (Tests.test(), Tests().test()) == ("a fake", "a fake")
+            with Tests.fake:
+                assert Tests.mine() == "a fake of mine"
 
     def test_what_is_no_resource_is_refused(self) -> None:
         with pytest.raises(TypeError, match="what @request_scoped or @lifespan_scoped has made"):
@@ -748,6 +757,17 @@ class TestNoLeaks:
         async with request_scope(), AsyncClient() as client:
             with assert_no_leaks():
                 await client.get("/plain")
+
+    def test_as_a_decorator_it_is_for_functions_and_static_methods(self) -> None:
+        class Tests:
+            @assert_no_leaks()
+            @staticmethod
+            def test() -> str:
+                return "result"
+
+        assert Tests().test() == "result"
+        with pytest.raises(TypeError, match=r"assert_no_leaks\(\) was put on <class"):
+            assert_no_leaks()(Tests)
 
     async def test_as_a_decorator_it_looks_when_the_call_has_ended(self) -> None:
         left: list[Any] = []

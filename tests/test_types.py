@@ -45,6 +45,15 @@ async def untyped() -> AsyncIterator[Any]:  # of a library without types
     yield Connection()
 
 
+def undecorated(function: Any) -> Any: ...
+
+
+@request_scoped
+@undecorated
+async def decorated() -> AsyncIterator[Connection]:
+    yield Connection()
+
+
 @request_scoped
 def untyped_function() -> Any:
     return Connection()
@@ -166,6 +175,9 @@ async def view() -> None:
     reveal_type(await async_generator_2())  # Connection
     reveal_type(await coroutine_function())  # Connection
     reveal_type(await untyped())  # Any
+    reveal_type(await decorated())  # Any
+    reveal_type(await decorated.release())  # Any
+    reveal_type(decorated.get_nowait())  # Any
     reveal_type(untyped_function())  # Any
     reveal_type(untyped_settings())  # Any
     reveal_type(untyped_keyed("a"))  # Any
@@ -294,7 +306,7 @@ def test_a_resource_has_the_type_of_its_factory(checker: str, tmp_path: Path) ->
         for number, line in enumerate(PROGRAM.splitlines(), 1)
         if "reveal_type" in line
     }
-    assert len(expected) == 40
+    assert len(expected) == 43
 
     def plain(name: str) -> str:
         return re.sub(r"(?:program|builtins|scoped(?:\.\w+)+|django\.http\.request)\.", "", name)

@@ -11,15 +11,28 @@ import time
 
 import anyio
 import pytest
-from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
+from asgiref.sync import (
+    async_to_sync,
+    iscoroutinefunction,
+    markcoroutinefunction,
+    sync_to_async,
+)
 from django.core.exceptions import BadRequest, PermissionDenied, SuspiciousOperation
 from django.core.signals import got_request_exception
 from django.http import Http404, HttpResponse, HttpResponseForbidden, StreamingHttpResponse
 from django.test import override_settings
 from django.utils.decorators import sync_and_async_middleware
 
-from scoped import TeardownError, current_scope, request_scope, request_scoped, spawn
+from scoped import (
+    TeardownError,
+    current_scope,
+    lifespan_scoped,
+    request_scope,
+    request_scoped,
+    spawn,
+)
 from scoped.asgi import ScopedASGIHandler
+from scoped.core.lifespan import eager
 from scoped.testing import AsyncClient, Client
 from scoped.wsgi import ScopedWSGIHandler
 from tests.connection import Connection
@@ -755,3 +768,65 @@ async def test_a_failure_that_is_noted_first_counts():
     await connection.run()
     assert connection.status == 403
     assert log == ["transaction rolled back: KeyError"]
+
+
+# Nobody
+
+
+@pytest.mark.parametrize("where", ["view", "thread"])
+async def test_a_teardown_of_sync_code_that_nobody_has_cancelled_is_told_of(where, caplog):
+    async def close():
+        connecting = asyncio.get_running_loop().create_future()
+        connecting.cancel()
+        await connecting
+
+    @request_scoped
+    def client():
+        yield
+        if where == "thread":
+            async_to_sync(close)()
+        raise asyncio.CancelledError
+
+    @view
+    async def uses(request):
+        await plain()
+        await sync_to_async(client)() if where == "thread" else client()
+        return HttpResponse()
+
+    assert (await get("/uses")).status == 200
+    assert log == ["plain committed"]
+    [record] = caplog.records
+    [error] = record.exc_info[1].exceptions
+    assert isinstance(error.__cause__, asyncio.CancelledError)
+    assert any("client" in note for note in error.__notes__)
+
+
+@pytest.mark.parametrize("by_server", [True, False])
+async def test_a_start_up_that_nobody_has_cancelled_has_failed(by_server, caplog):
+    """Promise 16: a server takes an application that ends here for one without a lifespan."""
+    sent, reached = [], asyncio.Event()
+
+    @lifespan_scoped(eager=True)
+    async def pool():
+        connecting = asyncio.get_running_loop().create_future()
+        reached.set()
+        if not by_server:
+            connecting.cancel()
+        await connecting
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    server = asyncio.create_task(ScopedASGIHandler()({"type": "lifespan"}, receive, send))
+    try:
+        await reached.wait()
+        if by_server:
+            server.cancel()
+        await asyncio.wait([server])
+    finally:
+        eager.remove(pool)
+    assert server.cancelled() is by_server
+    assert sent == ([] if by_server else ["lifespan.startup.failed"])

@@ -120,12 +120,11 @@ def _asgi_application(path: Path) -> str:
     if isinstance(given := getattr(settings, "ASGI_APPLICATION", None), str):
         module, _, name = given.rpartition(".")
         return f"{module}:{name}"
-    parts = path.resolve().with_suffix("").parts
-    for folder in sys.path:
-        above = Path(folder).resolve().parts
-        if parts[: len(above)] == above and all(map(str.isidentifier, parts[len(above) :])):
-            return f"{'.'.join(parts[len(above) :])}:application"
-    return f"{parts[-1]}:application"
+    # As it is imported: from the innermost folder that Python looks in.
+    parts = path.absolute().with_suffix("").parts
+    above = [Path(folder).absolute().parts for folder in sys.path]
+    depth = max((len(one) for one in above if parts[: len(one)] == one), default=len(parts) - 1)
+    return f"{'.'.join(parts[depth:])}:application"
 
 
 def _async_resources() -> list[str]:

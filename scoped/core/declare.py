@@ -8,7 +8,7 @@ They return a plain function, so that ``await db()`` costs one closure's corouti
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, final, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, final, overload
 
 from scoped.core.access import async_access, sync_access
 from scoped.core.errors import FactoryError
@@ -123,14 +123,14 @@ class KeyedSyncResource(Protocol[P, T_co]):
 @final
 class _NotKnown:
     """
-    Nothing's type. Where a checker knows nothing of what a plain ``def`` returns, every overload
-    fits, and pyright takes the first: so this one comes first, for sync code.
+    Nothing's type. Where a checker knows nothing of what a factory is or returns, every overload
+    fits, and pyright takes the first: so one for this comes first, and gives what may be anything.
     """
 
 
 class _Decorator(Protocol):
     @overload
-    def __call__(self, factory: Callable[[], _NotKnown], /) -> SyncResource[Any]: ...
+    def __call__(self, factory: Callable[[], _NotKnown], /) -> Any: ...
     @overload
     def __call__(self, factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
     @overload
@@ -143,7 +143,7 @@ class _Decorator(Protocol):
 
 class _RequestDecorator(Protocol):
     @overload
-    def __call__(self, factory: Callable[[], _NotKnown], /) -> SyncRequestResource[Any]: ...
+    def __call__(self, factory: Callable[[], _NotKnown], /) -> Any: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, factory: Callable[[], AsyncIterator[T]], /
@@ -160,7 +160,7 @@ class _RequestDecorator(Protocol):
 
 class _KeyedDecorator(Protocol):
     @overload
-    def __call__(self, factory: Callable[P, _NotKnown], /) -> KeyedSyncResource[P, Any]: ...
+    def __call__(self, factory: Callable[P, _NotKnown], /) -> Any: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, factory: Callable[P, AsyncIterator[T]], /
@@ -176,7 +176,7 @@ class _KeyedDecorator(Protocol):
 
 
 @overload
-def request_scoped(factory: Callable[[], _NotKnown], /) -> SyncRequestResource[Any]: ...
+def request_scoped(factory: Callable[[], _NotKnown], /) -> Any: ...
 @overload
 def request_scoped(  # type: ignore[overload-overlap]
     factory: Callable[[], AsyncIterator[T]], /
@@ -241,7 +241,7 @@ def request_scoped(
 
 
 @overload
-def lifespan_scoped(factory: Callable[[], _NotKnown], /) -> SyncResource[Any]: ...
+def lifespan_scoped(factory: Callable[[], _NotKnown], /) -> Any: ...
 @overload
 def lifespan_scoped(factory: Callable[[], AsyncIterator[T]], /) -> AsyncResource[T]: ...
 @overload
@@ -276,6 +276,9 @@ def _declare(
     keyed: bool = False,
     is_eager: bool = False,
 ) -> Any:
+    if isinstance(function, staticmethod):  # in a class's body: so it is to be had as one
+        bare = cast(Any, function).__func__
+        return staticmethod(_declare(bare, made_by, lifetime, keyed=keyed, is_eager=is_eager))
     if is_resource(function):
         raise FactoryError(
             getattr(function, "resource"),  # noqa: B009
@@ -306,8 +309,7 @@ def _declare(
                 "where scoped is in INSTALLED_APPS.",
                 resource,
             )
-    # In a class's body: it is to be had from what is of the class, too.
-    return staticmethod(access) if isinstance(function, staticmethod) else access
+    return access
 
 
 def is_resource(thing: object) -> bool:

@@ -298,11 +298,12 @@ os.register_at_fork(after_in_child=_forked)
 
 def of_whose_factory(
     here: Scope | Record | None, loop: asyncio.AbstractEventLoop | None
-) -> LifespanScope | None:
+) -> Record | None:
     """
-    The lifespan in whose factory the code is for which that is current. A scope that is opened
-    there uses it, and does not join or hold it: the factory may keep the scope across its
-    ``yield``, and who waits for what it holds would wait for the teardown, which comes after that.
+    The lifespan's resource in whose factory the code is for which that is current. A scope that is
+    opened there uses the lifespan, and does not join or hold it: the factory may keep the scope
+    across its ``yield``, and who waits for what it holds would wait for the teardown, which comes
+    after that.
     """
     while here is not None:
         if (
@@ -312,7 +313,7 @@ def of_whose_factory(
             and loop in (None, lifespan.loop)
             and not lifespan.is_parents
         ):
-            return lifespan
+            return here
         here = here.scope.around
     return None
 
@@ -334,14 +335,15 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
     """
 
     def __init__(self) -> None:
-        self._scope: LifespanScope | None = None
+        self._scope: Scope | None = None
+        self._here: Scope | Record | None = None  # what is current in it
         self._previous: Scope | Record | None = None
-        self._is_part = False  # in a factory of that very lifespan
+        self._sets_up = True
 
     async def __aenter__(self) -> Scope:
         scope = self._hold()
         try:
-            for access in () if self._is_part else eager:
+            for access in eager if self._sets_up else ():
                 value = access()
                 if access.resource.factory.is_async:
                     await value
@@ -357,7 +359,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         traceback: TracebackType | None,
     ) -> None:
         scope, around = self._leave()
-        if not self._is_part:
+        if scope is not None:
             await scope.drop(exc, around)
 
     def __enter__(self) -> Scope:
@@ -365,7 +367,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
             raise RuntimeError("An event loop runs here: write `async with lifespan_scope():`.")
         scope = self._hold()
         try:
-            for access in () if self._is_part else eager:
+            for access in eager if self._sets_up else ():
                 if not access.resource.factory.is_async:
                     access()
         except BaseException as error:
@@ -380,29 +382,35 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         traceback: TracebackType | None,
     ) -> None:
         scope, around = self._leave()
-        if not self._is_part:
+        if scope is not None:
             run_without_loop(scope.drop(exc, around))
 
-    def _hold(self) -> "LifespanScope":
+    def _hold(self) -> Scope:
         if self._scope is not None:
             raise RuntimeError("This lifespan_scope() is open: make a new one for each use.")
         self._previous = current.get()
-        mine = of_whose_factory(self._previous, running_loop())
-        # Else it closes, and there is a new one.
-        self._is_part = mine is not None and mine.is_open
-        self._scope = mine if mine is not None and self._is_part else LifespanScope.hold()
-        current.set(self._scope)
+        loop = running_loop()
+        mine = of_whose_factory(self._previous, loop)
+        # A factory may be one of those, and open one as it ends.
+        self._sets_up = mine is None
+        if mine is not None and mine.scope.is_open and mine.scope.loop is loop:
+            self._here, self._scope = mine, mine.scope
+        else:
+            self._here = self._scope = LifespanScope.hold()
+        current.set(self._here)
         return self._scope
 
-    def _leave(self) -> tuple[LifespanScope, list[Scope]]:
-        """The scope, and the requests in which this block stands: they cannot end before it."""
-        scope, self._scope = self._scope, None
-        assert scope is not None
-        if current.get() is scope:
+    def _leave(self) -> tuple[LifespanScope | None, list[Scope]]:
+        """
+        The lifespan that it has held, and the requests in which this block stands: they cannot end
+        before it.
+        """
+        held, self._here, self._scope = self._here, None, None
+        if current.get() is held:
             current.set(self._previous)
         previous, self._previous = self._previous, None
         around: list[Scope] = []
         while previous is not None:
             around.append(previous.scope)
             previous = previous.scope.around
-        return scope, around
+        return held if isinstance(held, LifespanScope) else None, around

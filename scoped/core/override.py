@@ -64,6 +64,8 @@ class override:  # noqa: N801 (it is used as a function)
     """
 
     def __init__(self, resource: _AnyResource, stand_in: object, /) -> None:
+        if isinstance(resource, staticmethod):  # in a class's body
+            resource = cast(Any, resource).__func__
         if not is_resource(resource):
             raise TypeError(
                 f"override() was given {printable_repr(resource)} to replace. Give it what "
@@ -96,19 +98,20 @@ class override:  # noqa: N801 (it is used as a function)
                 del _in_force[self._access]
 
     def __call__(self, function: F) -> F:
-        if isinstance(function, staticmethod):  # in a class's body
-            return cast(F, staticmethod(self(cast(Any, function).__func__)))
-        if not callable(function) or inspect.isclass(function):
-            raise TypeError(
-                f"override() was put on {printable_repr(function)}. It decorates functions: put it "
-                "on each, or write `with override(...):`."
-            )
         # A new one for each call: so what a factory yields is set up anew in each.
-        return during_each_call(partial(override, self._access, self._stand_in), function)
+        new = partial(override, self._access, self._stand_in)
+        return during_each_call(new, function, "override")
 
 
-def during_each_call(new: "_New", function: F) -> F:
+def during_each_call(new: "_New", function: F, name: str) -> F:
     """The function, in a new ``with`` block at each call, to the end of what that gives."""
+    if isinstance(function, staticmethod):  # in a class's body
+        return cast(F, staticmethod(during_each_call(new, cast(Any, function).__func__, name)))
+    if not callable(function) or inspect.isclass(function):
+        raise TypeError(
+            f"{name}() was put on {printable_repr(function)}. It decorates functions: put it on "
+            f"each, or write `with {name}(...):`."
+        )
     for is_kind, _, during in _KINDS:
         if is_kind(function):
             return cast(F, during(new, function))

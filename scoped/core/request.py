@@ -104,7 +104,7 @@ class RequestScope(Scope):
         lifespan = None
         if self.around is not None:
             if (mine := of_whose_factory(self.around, self.loop)) is not None:
-                self.lifespan = mine
+                self.lifespan = mine.scope.lifespan
                 return
             lifespan = self.around.scope.lifespan
         if (
@@ -121,8 +121,8 @@ class RequestScope(Scope):
         """The lifespan of this request; where nobody has opened one, one that ends with it."""
         while self.lifespan is None or self.lifespan.is_parents:
             if (mine := of_whose_factory(self.around, self.loop)) is not None:
-                self.lifespan = mine  # it closes, and takes no requests
-                break
+                self.lifespan = mine.scope.lifespan  # it closes, and takes no requests
+                continue
             lifespan, new = lifespans.get(self.loop), None
             if lifespan is None:
                 new = LifespanScope.implied_by(self)

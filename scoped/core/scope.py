@@ -181,8 +181,8 @@ class Scope(Books):
         the way. Does nothing where the scope is closing or closed. The factories
         see ``failure``, if any, at their ``yield``.
 
-        Raises the cancellation, if there was one, bare; else TeardownError if any
-        teardown failed.
+        Raises the cancellation, if the task was cancelled, bare; else TeardownError if any
+        teardown failed, or was cancelled all the same.
         """
         for rest in self.begin_close(failure):
             await rest

@@ -275,9 +275,9 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
 
 def _of_own_cancellation(scope: "Scope", cancellation: BaseException) -> RuntimeError:
     error = RuntimeError(
-        f"A teardown of {scope} was cancelled, though nobody has cancelled the task: it awaited "
-        "something that had been cancelled, or the time was up of a timeout that another factory "
-        "holds across its `yield`. Catch CancelledError where that is meant to be."
+        f"A teardown of {scope} was cancelled, and the task that closes it was not: it awaited "
+        "something that had been cancelled, its own task was, or the time was up of a timeout that "
+        "another factory holds across its `yield`. Catch CancelledError where that is meant to be."
     )
     error.__cause__ = cancellation
     for text in notes_of(cancellation):

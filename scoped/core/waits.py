@@ -134,11 +134,9 @@ async def hop(work: Callable[[], None], *, seconds: float | None = None) -> None
             _late.add(task)
             task.add_done_callback(_ended_late)
             raise cancellation or TimeoutError
-        if task.cancelled() or (error := task.exception()) is None:
-            if cancellation is not None:
-                raise cancellation
-            return
-        raise error
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if (error := cancellation or error) is not None:
+            raise error
     finally:
         del cancellation
 

@@ -14,7 +14,7 @@ from scoped.core.errors import TeardownError
 from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope
-from scoped.core.waits import is_cancelled, running_loop, sync_parent
+from scoped.core.waits import is_cancelled, running_loop
 from scoped.serving.bounds import in_thread, sync_code_ended
 from scoped.serving.threads import LentThread, tidy
 
@@ -30,11 +30,12 @@ _waiting: dict[RequestScope, "list[_BackgroundScope]"] = {}
 
 
 class _BackgroundScope(RequestScope):
-    __slots__ = ("go", "served", "task")
+    __slots__ = ("go", "is_brief", "served", "task")
 
     def open_beside(self, around: Scope | None) -> None:
         self.served = around is not None and around.served
         self.go: asyncio.Future[None] | None = None  # to wait for before it begins
+        self.is_brief = _is_brief(asyncio.get_running_loop())
         self.task: asyncio.Task[None] | None = None
         # What is around it is not to be current again, nor kept; and where that is a factory of the
         # lifespan's, it is no part of its set-up.
@@ -45,6 +46,11 @@ class _BackgroundScope(RequestScope):
         assert self.task is not None
         self.task.cancel()
         return self.task
+
+
+def _is_brief(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether async_to_sync() has begun it, and ends it when it has what it was called for."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ())
 
 
 def _name_of(coroutine: object) -> str:
@@ -112,11 +118,11 @@ def _check(name: str, around: Scope | None, after: str | None) -> None:
             f"spawn() was called for {name} where no event loop runs. Call it from "
             "async code, or through `async_to_sync` from a sync view served over ASGI."
         )
-    if around is not None and around.sync_only and sync_parent() is not None:
+    if around is not None and around.sync_only and around.request is not None and _is_brief(loop):
         raise RuntimeError(
-            f"spawn() was called for {name} in an event loop that ends as soon as the view, or "
-            f"the call of async_to_sync(), does: {around} is one of sync code. Serve the project "
-            "over ASGI, `uvicorn project.asgi:application` say; or await it."
+            f"spawn() was called for {name} in an event loop that ends with the view: {around} is "
+            "served by WSGI. Serve the project over ASGI, `uvicorn project.asgi:application` say; "
+            "or await it."
         )
     if after not in (None, "response"):
         raise ValueError(f'spawn() knows after="response" alone, and was given after={after!r}.')
@@ -152,7 +158,7 @@ def _drop(background: _BackgroundScope) -> None:
 
 
 def _ended(
-    scope: RequestScope,
+    scope: _BackgroundScope,
     coroutine: Coroutine[Any, Any, object],
     name: str,
     context: Context,
@@ -186,7 +192,9 @@ def _close_unused(coroutine: Coroutine[Any, Any, object]) -> None:
         coroutine.close()
 
 
-async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None] | None) -> None:
+async def _close(
+    scope: _BackgroundScope, name: str, work: Coroutine[Any, Any, None] | None
+) -> None:
     """Do the work, if there is any, and close its scope, with a thread of its own for both."""
     failure: BaseException | None = None
     AsyncToSync.executors.current = None  # that of sync code which has started this task
@@ -203,26 +211,33 @@ async def _close(scope: RequestScope, name: str, work: Coroutine[Any, Any, None]
         except BaseException as error:  # cancelled once more: it is closed here all the same
             if failure is None:
                 failure = error
+        was_cancelled = is_cancelled()
         try:
             await scope.end(failure)
         except TeardownError as error:
             logger.error("The background task %s: %s", name, error, exc_info=error)
-            if isinstance(failure, asyncio.CancelledError):
+            if isinstance(failure, asyncio.CancelledError) and was_cancelled != is_cancelled():
                 failure = None  # a factory's own, which has said why
         except RuntimeError as error:  # a factory's own, too
             failure = error
-        else:
-            if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
-                failure = _of_own_cancellation(failure)
         finally:
             if thread.is_taken:
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
+    if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
+        failure = _of_own_cancellation(failure)
     try:
         if isinstance(failure, Exception):
             logger.error(
                 "The background task %s failed: %s", name, printable_repr(failure), exc_info=failure
             )
-        elif failure is not None:
+        elif scope.is_brief and not _is_brief(asyncio.get_running_loop()):
+            logger.error(
+                "The background task %s was cut off, for its event loop has ended with the call of "
+                "async_to_sync(), or the view under WSGI, in which it was begun. Await it there; "
+                "hold `async with lifespan_scope():`, whose end waits for it; or serve over ASGI.",
+                name,
+            )
+        if failure is not None and not isinstance(failure, Exception):
             raise failure
     finally:
         del failure  # no cycle with this frame
