@@ -28,6 +28,7 @@ from scoped.core.override import during_each_call, override
 from scoped.core.request import RequestScope
 from scoped.core.waits import outlast
 from scoped.dispatch import Receiver
+from scoped.serving.ending import twin_of
 from scoped.serving.exchange import Message
 from scoped.serving.handler import ScopedHandler, adopt
 from scoped.serving.receivers import close_foreign, connect, note_failure, tells_of_response
@@ -203,16 +204,6 @@ class ASGIClientHandler(ScopedASGIHandler):
         await super().send_response(response, send)
 
 
-def _twin_of(response: Any) -> Any:
-    """
-    For the test: the response itself may be served again, and until the request is finished
-    the handler needs it as it is. Not a copy(), which leaves out what cannot be pickled.
-    """
-    twin = object.__new__(cast("type[HttpResponseBase]", type(response)))
-    vars(twin).update(cast("dict[str, Any]", vars(response)))
-    return twin
-
-
 class AsyncClientHandler:
     """
     Takes an ASGI scope, returns the response. By then the request is finished,
@@ -301,15 +292,15 @@ class _Conversation:
         response: Any
         if not self.response.streaming or self.bodyless:
             await self.read_to_the_end()
-            response = _twin_of(self.response)
+            response = twin_of(self.response)
             if self.bodyless:
                 # The handler sends it, and servers drop it.
                 setattr(response, "streaming_content" if response.streaming else "content", b"")
         elif self.response.is_async:
-            response = _twin_of(self.response)
+            response = twin_of(self.response)
             response.streaming_content = self.parts()
         else:
-            response = _twin_of(self.response)
+            response = twin_of(self.response)
             response.streaming_content = await self.parts_at_once()
         # Django's would send request_finished, and the handler sees to that.
         response.close = self.hung_up.set

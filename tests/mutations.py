@@ -1093,7 +1093,11 @@ MUTATIONS = [
     ),
     mutation(
         "a background task is torn down under its sync code",
-        ("serving/background", "            if thread.is_busy:\n", "            if False:\n"),
+        (
+            "serving/background",
+            "            if thread is not None and thread.is_busy:\n",
+            "            if False:\n",
+        ),
     ),
     mutation(
         "a long stream is not logged",
@@ -1428,7 +1432,39 @@ MUTATIONS = [
     ),
     mutation(
         "a response that is served again ends its first request",
-        ("serving/ending", "        own = own.args[1]\n", "        return\n"),
+        (
+            "serving/ending",
+            "            if before.is_open:\n",
+            "            if True:\n                return response\n            if before.is_open:\n",
+        ),
+    ),
+    mutation(
+        "requests that share a response end each other",
+        ("serving/ending", "            if before.is_open:\n", "            if False:\n"),
+    ),
+    mutation(
+        "a response that middleware closes ends the request",
+        (
+            "serving/receivers",
+            "and (sender is not None or scope.tells_of_response):",
+            "and sender is not None:",
+        ),
+    ),
+    mutation(
+        "the page of a request whose thread hangs waits for that",
+        (
+            "serving/handler",
+            "        if thread is not None and thread.is_busy:\n",
+            "        if False:\n",
+        ),
+    ),
+    mutation(
+        "a background task in a test uses another connection than that",
+        (
+            "serving/background",
+            "    thread = None if scope.is_brief else LentThread(tidy)\n",
+            "    thread = LentThread(tidy)\n",
+        ),
     ),
     mutation(
         "a stream sees what is another request's",
@@ -1860,13 +1896,17 @@ MUTATIONS = [
         "who patches a response's close() is gone round",
         (
             "serving/ending",
-            "    if response.__class__.close is _djangos_close and (",
-            "    if (",
+            "        if own is None and response.__class__.close is _djangos_close:\n",
+            "        if own is None:\n",
         ),
     ),
     mutation(
         "a response that is served twice at once tells of its first handler",
-        ("serving/ending", " or how is close_plainly)", ")"),
+        (
+            "serving/ending",
+            '        if (how := getattr(own, "func", None)) in (close_plainly, _close_itself):\n',
+            '        if (how := getattr(own, "func", None)) is _close_itself:\n',
+        ),
     ),
     mutation(
         "under WSGI a response's end reaches no async receiver",
@@ -1913,8 +1953,8 @@ MUTATIONS = [
         "a background task uses the request's thread",
         (
             "serving/background",
-            "with LentThread(tidy) as thread:",
-            "if thread := LentThread(tidy):",
+            "    with thread or nullcontext():\n",
+            "    if thread:\n",
         ),
     ),
     # Threads
@@ -1928,7 +1968,11 @@ MUTATIONS = [
     ),
     mutation(
         "a thread is lent again whose background task has failed",
-        ("serving/background", "            thread.lend_again = False\n", ""),
+        (
+            "serving/background",
+            "                thread.lend_again = False\n",
+            "                pass\n",
+        ),
     ),
     mutation(
         "an idle thread holds a transaction that nobody ended",

@@ -324,6 +324,27 @@ def test_cut_off_with_the_event_loop_of_sync_code_it_is_told_of(
     assert "The background task the mail was cut off" in record.message
 
 
+def test_its_sync_code_runs_in_the_thread_of_sync_code_that_waits_for_its_event_loop() -> None:
+    """As a TestCase's: there is the connection with the test's transaction."""
+    threads = []
+
+    async def work() -> None:
+        threads.append(await sync_to_async(threading.get_ident)())
+
+    @view
+    async def spawns(request: HttpRequest) -> HttpResponse:
+        spawn(work())
+        return HttpResponse()
+
+    async def test() -> None:
+        async with AsyncClient() as client:
+            await client.get("/spawns")
+            await spawn(work())
+
+    async_to_sync(test)()
+    assert threads == [threading.get_ident()] * 2
+
+
 def test_what_waits_for_it_in_the_event_loop_of_sync_code_has_it() -> None:
     async def work() -> None:
         await asyncio.sleep(0.001)

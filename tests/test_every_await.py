@@ -401,7 +401,7 @@ async def attack_request(attack: Attack, where: str, signals: list[str]) -> bool
 def check_end(attack: Attack, task: "asyncio.Task[Any]") -> None:
     error = None if task.cancelled() else task.exception()
     if attack.kind == "the task itself":  # by nobody who may end a request: so it has failed
-        known = ("neither by its client nor by the server", "teardown")
+        known = ("neither by its client nor by the server", "teardown", "torn down")
         assert error is None or any(one in str(error) for one in known), str(attack)
     else:
         assert error is None, str(attack)

@@ -13,7 +13,7 @@ from types import ModuleType
 import asyncpg
 import django
 import pytest
-from asgiref.sync import async_to_sync
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
@@ -38,6 +38,7 @@ from scoped import (
 from scoped.asgi import ScopedASGIHandler
 from scoped.core.scope import Scope
 from tests.connection import Connection
+from tests.slowness import within
 from tests.views import Views
 from tests.wsgi_server import call
 
@@ -491,6 +492,48 @@ async def test_one_that_hangs_gives_a_500(short_patience, caplog):
     assert "took longer than 0.02 seconds to be torn down" in caplog.text
     assert "lingering saw CancelledError" in log
     assert log[-2:] == ["transaction torn down", "db saw TeardownError"]
+
+
+@pytest.mark.usefixtures("_middleware")
+@pytest.mark.parametrize("fails", [False, True])
+async def test_where_sync_code_hangs_the_page_is_made_in_another_thread(short_patience, fails):
+    """Promise 21: nothing ends that one."""
+    go_on, made_in, left = threading.Event(), [], []
+
+    @request_scoped(until="response")
+    def commits():
+        yield
+        if not fails:
+            go_on.wait(within(20))
+
+    async def middleware_fails(get_response, request):
+        response = await get_response(request)
+        if fails:
+            raise ValueError
+        return response
+
+    around.append(middleware_fails)
+
+    def receiver(**kwargs):
+        made_in.append(threading.current_thread().name)
+
+    @view
+    async def hangs(request):
+        await sync_to_async(commits)()
+        if fails:
+            left.append(asyncio.create_task(sync_to_async(go_on.wait)(within(20))))
+            await asyncio.sleep(0.01)
+        return HttpResponse("never")
+
+    got_request_exception.connect(receiver)
+    try:
+        assert (await get("/hangs")).status == 500
+    finally:
+        got_request_exception.disconnect(receiver)
+        go_on.set()
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.001)
+    assert not made_in[0].startswith("scoped-")
 
 
 async def test_one_that_hangs_in_a_child_task_gives_a_500(short_patience):

@@ -647,6 +647,63 @@ def test_a_response_that_is_served_again_ends_the_request_that_it_then_answers()
         log.clear()
 
 
+class Closes(HttpResponse):
+    def close(self):
+        log.append("its own close()")
+        super().close()
+
+
+@pytest.mark.parametrize("kind", [HttpResponse, Closes])
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_one_response_that_several_requests_share_ends_each_of_them(kind, first):
+    """As a module's own does: "down for maintenance"."""
+    shared = kind("down", status=503)
+
+    @view
+    def several(request):
+        own()
+        return shared
+
+    contexts = {name: copy_context() for name in ("one", "two")}
+    answers = {name: context.run(answer_to, name) for name, context in contexts.items()}
+    last = ({*answers} - {first}).pop()
+    assert {answer.status_code for answer in answers.values()} == {503}
+    for name in (first, last):
+        contexts[name].run(answers[name].close)
+    ends = [line for line in log if line.endswith("torn down")]
+    assert ends == [f"{first} torn down", f"{last} torn down"]
+    assert log.count("its own close()") == (2 if kind is Closes else 0)
+    log.clear()
+    again = Context().run(answer_to, "one")
+    Context().run(again.close)
+    assert log[-1] == "one torn down"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_response_that_middleware_closes_and_replaces_is_no_end(fails, monkeypatch):
+    def middleware(get_response):
+        def replaces(request):
+            get_response(request).close()
+            log.append(f"closed, and there is still the {tenant()}")
+            if fails:
+                raise ValueError
+            return HttpResponse("another")
+
+        return replaces
+
+    monkeypatch.setitem(globals(), "replaces", middleware)
+    with override_settings(MIDDLEWARE=[f"{__name__}.replaces"]):
+        assert get("/uses")[0] == (500 if fails else 200)
+    end = "saw ValueError" if fails else "torn down"
+    assert log == [
+        "tenant set up",
+        "boundary set up",
+        "closed, and there is still the tenant",
+        f"boundary {end}",
+        f"tenant {end}",
+    ]
+
+
 class Parts(HttpResponseBase):
     streaming = True
 

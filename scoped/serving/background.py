@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Literal, cast
@@ -198,15 +199,19 @@ async def _close(
     """Do the work, if there is any, and close its scope, with a thread of its own for both."""
     failure: BaseException | None = None
     AsyncToSync.executors.current = None  # that of sync code which has started this task
-    with LentThread(tidy) as thread:  # the request's own may be another request's by then
+    # The request's own may be another request's by then. In an event loop that sync code waits for,
+    # a TestCase's say, it is the thread of that.
+    thread = None if scope.is_brief else LentThread(tidy)
+    with thread or nullcontext():
         try:
             if work is not None:
                 await work
         except BaseException as error:
             failure = error
-            thread.lend_again = False
+            if thread is not None:
+                thread.lend_again = False
         try:
-            if thread.is_busy:
+            if thread is not None and thread.is_busy:
                 await sync_code_ended(thread, scope)
         except BaseException as error:  # cancelled once more: it is closed here all the same
             if failure is None:
@@ -221,7 +226,7 @@ async def _close(
         except RuntimeError as error:  # a factory's own, too
             failure = error
         finally:
-            if thread.is_taken:
+            if thread is not None and thread.is_taken:
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
     if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
         failure = _of_own_cancellation(failure)

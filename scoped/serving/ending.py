@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from inspect import unwrap
-from typing import Any
+from typing import Any, cast
 
 from django.core.signals import request_finished
 from django.http.response import HttpResponseBase
@@ -12,6 +12,7 @@ from django.http.response import HttpResponseBase
 from scoped.core.current import as_current
 from scoped.core.names import printable_repr
 from scoped.core.request import RequestScope
+from scoped.core.waits import fork_safe_lock
 from scoped.serving.bounds import in_time
 from scoped.serving.receivers import Listeners
 
@@ -23,6 +24,7 @@ __all__ = [
     "drop_stream",
     "in_place_of",
     "see_to_close",
+    "twin_of",
 ]
 
 logger = logging.getLogger("scoped")
@@ -75,19 +77,40 @@ def closes_itself(response: Any) -> bool:
     return response.__class__.close is not _djangos_close or "close" in vars(response)
 
 
-def see_to_close(response: Any, listeners: Listeners, scope: RequestScope) -> None:
+def see_to_close(response: Any, listeners: Listeners, scope: RequestScope) -> Any:
     """
     For a server that calls ``close()``, where and when it likes. What is the response's own is
     seen to come to its end; in the place of Django's is the same, told who listens.
+
+    Returns the response; one like it, where another request is being answered with this one, as
+    all may be with one of a module's: each ends its own.
     """
-    own = response.__dict__.get("close")
-    how = getattr(own, "func", None)
-    if response.__class__.close is _djangos_close and (own is None or how is close_plainly):
-        response.close = partial(close_plainly, response, listeners, scope)
-        return
-    if how is _close_itself:  # it was served before
-        own = own.args[1]
-    response.close = partial(_close_itself, response, own or response.close, scope)
+    with _lock:
+        own = response.__dict__.get("close")
+        if (how := getattr(own, "func", None)) in (close_plainly, _close_itself):
+            served, _, before = own.args[:3]
+            if before.is_open:
+                response = twin_of(response)
+            own = response.__dict__.pop("close").args[1] if how is _close_itself else None
+            if getattr(own, "__self__", None) is served:
+                own = None  # its class's
+        if own is None and response.__class__.close is _djangos_close:
+            response.close = partial(close_plainly, response, listeners, scope)
+        else:
+            own = own or response.close
+            response.close = partial(_close_itself, response, own, scope, listeners.sender)
+    return response
+
+
+# Held while it is decided whose a response is, which requests in several threads may share.
+_lock = fork_safe_lock()
+
+
+def twin_of(response: Any) -> Any:
+    """One like it. Not a copy(), which leaves out what cannot be pickled."""
+    twin = object.__new__(cast("type[HttpResponseBase]", type(response)))
+    vars(twin).update(cast("dict[str, Any]", vars(response)))
+    return twin
 
 
 def close_plainly(response: Any, listeners: Listeners, scope: RequestScope) -> None:
@@ -98,7 +121,10 @@ def close_plainly(response: Any, listeners: Listeners, scope: RequestScope) -> N
         listeners.send(request_finished)
 
 
-def _close_itself(response: Any, own_close: Callable[[], None], scope: RequestScope) -> None:
+def _close_itself(
+    response: Any, own_close: Callable[[], None], scope: RequestScope, sender: type
+) -> None:
+    response._handler_class = sender  # another request, which shares it, may have forgotten that
     with as_current(scope):
         close_response(response, own_close)
 

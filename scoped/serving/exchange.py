@@ -219,7 +219,7 @@ class Exchange:
             failure = await self.own_failure(request_scope, error)
         if failure is not None:
             try:
-                page: Any = await page_in_thread(request, failure)
+                page: Any = await page_in_thread(request, failure, has_waited=True)
             finally:
                 del failure  # no cycle with this frame
             if self.response is not None:

@@ -11,20 +11,23 @@ from inspect import unwrap
 from types import CodeType
 from typing import Any, ClassVar
 
-from asgiref.sync import SyncToAsync, iscoroutinefunction
+from asgiref.sync import SyncToAsync, iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers import base as _djangos
 from django.core.handlers import exception
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.exception import convert_exception_to_response
+from django.db import connections
 
 from scoped.core.current import current, scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop, run_without_loop
+from scoped.serving.bounds import sync_code_ended
 from scoped.serving.ending import close_resources, in_place_of, see_to_close
 from scoped.serving.receivers import Listeners, note_failure
 from scoped.serving.streams import watch_without_loop
+from scoped.serving.threads import lent_here
 
 __all__ = ["ScopedHandler", "adopt", "error_page", "page_in_thread", "scope_of"]
 
@@ -75,8 +78,7 @@ class ScopedHandler(BaseHandler):
             response = in_place_of(response, page)
         if response.streaming:
             watch_without_loop(response, scope)
-        see_to_close(response, self.listeners, scope)
-        return response
+        return see_to_close(response, self.listeners, scope)
 
 
 # The two functions that convert_exception_to_response() puts around each middleware.
@@ -156,12 +158,21 @@ def error_page(request: Any, error: BaseException) -> Any:
         del error, traceback  # no cycle with this frame
 
 
-async def page_in_thread(request: Any, error: BaseException) -> Any:
-    """The same, made in the request's thread; what it sets in ContextVars is seen here."""
+async def page_in_thread(request: Any, error: BaseException, *, has_waited: bool = False) -> Any:
+    """
+    The same, made in the request's thread; what it sets in ContextVars is seen here. Where sync
+    code hangs in that, for longer than a teardown may, it is made in another one.
+    """
     made: list[tuple[Any, Context]] = []
+    thread = lent_here()
     try:
-        # Also where a sync view that was cancelled has left its executor behind in the Context.
-        await hop(partial(_make_page, made, request, error))
+        if thread is not None and thread.is_busy and not has_waited:
+            await sync_code_ended(thread, scope_here())
+        if thread is not None and thread.is_busy:
+            await sync_to_async(_make_page_elsewhere, thread_sensitive=False)(made, request, error)
+        else:
+            # Also where a sync view that was cancelled has left its executor in the Context.
+            await hop(partial(_make_page, made, request, error))
     finally:
         del error  # no cycle with this frame
     page, context = made[0]
@@ -172,6 +183,15 @@ async def page_in_thread(request: Any, error: BaseException) -> Any:
 def _make_page(made: list[tuple[Any, Context]], request: Any, error: BaseException) -> None:
     page = error_page(request, error)
     made.append((page, copy_context()))
+
+
+def _make_page_elsewhere(
+    made: list[tuple[Any, Context]], request: Any, error: BaseException
+) -> None:
+    try:
+        _make_page(made, request, error)
+    finally:
+        connections.close_all()  # nobody else comes to this thread again
 
 
 # What belongs to the task that it is set in.

@@ -215,8 +215,11 @@ def open_foreign(
 
 def close_foreign(*, sender: Any, **kwargs: Any) -> None:
     scope = scope_here()
-    # Django's test clients, and the stock handler after a 400, send this without a sender.
-    if not isinstance(scope, _ForeignScope) or (sender is not scope.opener and sender is not None):
+    if not isinstance(scope, _ForeignScope):
+        return
+    # Django's test clients, and the stock handler after a 400, send this without a sender. So does
+    # a response that a middleware closes, and replaces: where a handler is ours, that is no end.
+    if sender is not scope.opener and (sender is not None or scope.tells_of_response):
         return
     scope.leave()
     if scope.sync_only or not scope.is_in_use:

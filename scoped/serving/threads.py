@@ -44,7 +44,7 @@ from scoped.core.place import thread_here
 from scoped.core.scope import Scope
 from scoped.core.waits import do_for, outlast
 
-__all__ = ["LentThread", "connection_made", "end_idle", "idle_ended", "tidy"]
+__all__ = ["LentThread", "connection_made", "end_idle", "idle_ended", "lent_here", "tidy"]
 
 T = TypeVar("T")
 _Work = Callable[[], Any]
@@ -288,6 +288,15 @@ class LentThread(Executor):
             worker.give(partial(_take_back, worker))
         else:
             _take_back(worker)
+
+
+def lent_here() -> LentThread | None:
+    """The one that is lent to the task at hand."""
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    if context is None:
+        return None
+    executor: Executor | None = SyncToAsync.context_to_thread_executor.get(context)
+    return executor if isinstance(executor, LentThread) else None
 
 
 def _first(tidy: _Work | None, work: Callable[[], T]) -> T:

@@ -322,12 +322,12 @@ def test_how_long_in_a_live_server(is_held):
         def test(self):
             with lifespan_scope() if is_held else nullcontext():
                 for _ in range(2):
-                    with urllib.request.urlopen(self.live_server_url) as response:  # noqa: S310
+                    with urllib.request.urlopen(f"{self.live_server_url}/live") as response:  # noqa: S310
                         assert response.read() == b"ok"
-                    while [scope for scope in inspect() if scope.name.startswith("the request")]:
+                    while [scope for scope in inspect() if scope.name == "the request GET /live"]:
                         time.sleep(0.001)  # it ends after its client has all
 
-    with urls(path("", view)), override_settings(STATIC_URL="static/"):
+    with urls(path("live", view)), override_settings(STATIC_URL="static/"):
         unittest.TestSuite([Tests("test")]).run(result := unittest.TestResult())
     assert result.wasSuccessful(), result
     assert log == ["+registry", "-registry"] * (1 if is_held else 2)
