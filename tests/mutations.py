@@ -1768,6 +1768,10 @@ MUTATIONS = [
         ),
     ),
     mutation(
+        "a page waits for the sync code that waits for it",
+        ("serving/handler", "lent_here() if sync_parent() is None else None", "lent_here()"),
+    ),
+    mutation(
         "a lifespan's own factory may hold it",
         (
             "core/lifespan",

@@ -22,7 +22,7 @@ from django.db import connections
 from scoped.core.current import current, scope_here
 from scoped.core.errors import TeardownError
 from scoped.core.request import RequestScope
-from scoped.core.waits import hop, run_without_loop
+from scoped.core.waits import hop, run_without_loop, sync_parent
 from scoped.serving.bounds import sync_code_ended
 from scoped.serving.ending import close_resources, in_place_of, see_to_close
 from scoped.serving.receivers import Listeners, note_failure
@@ -164,7 +164,8 @@ async def page_in_thread(request: Any, error: BaseException, *, has_waited: bool
     code hangs in that, for longer than a teardown may, it is made in another one.
     """
     made: list[tuple[Any, Context]] = []
-    thread = lent_here()
+    # Where sync code, a middleware say, waits for this, its thread is at hand.
+    thread = lent_here() if sync_parent() is None else None
     try:
         if thread is not None and thread.is_busy and not has_waited:
             await sync_code_ended(thread, scope_here())
