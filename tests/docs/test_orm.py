@@ -7,15 +7,19 @@ import os
 import sqlite3
 import subprocess
 import sys
+import unittest
 from collections import Counter
+from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIHandler
+from django.core.signals import request_finished
 from django.db import (
+    IntegrityError,
     InternalError,
     OperationalError,
     connection,
@@ -25,14 +29,18 @@ from django.db import (
 )
 from django.db.backends.signals import connection_created
 from django.http import Http404, HttpResponse, StreamingHttpResponse
+from django.test import TestCase
 from django.test.utils import isolate_apps
 from django.urls import path
 from django.utils.decorators import async_only_middleware
 
+from scoped import lifespan_scoped, request_scope, request_scoped
 from scoped.serving.threads import end_idle
+from scoped.testing import AsyncClient
 from tests import pages
 from tests.connection import Connection
 from tests.docs.project import its_leaks_ignored, urls
+from tests.slowness import within
 
 ATOMIC = ("orm.md", "A transaction for each request")
 STREAM = ("orm.md", "A connection given back before a long stream")
@@ -77,6 +85,12 @@ class Database:
             0
         ]
 
+    async def reach(self, number):
+        """The server takes a moment to see that a connection was closed."""
+        async with asyncio.timeout(within(20)):
+            while self.connected() != number:
+                await asyncio.sleep(0.01)
+
 
 @pytest.fixture
 def opened():
@@ -117,6 +131,15 @@ def use(**databases):
             connections[alias].close()
             delattr(connections._connections, alias)
     connections.settings = connections.configure_settings(databases)
+
+
+@pytest.fixture
+async def outside(database):
+    """Sets databases for the one thread that runs sync code outside a request, and ends them."""
+    outside = sync_to_async(use)
+    await outside(default=database.settings)
+    yield outside
+    await outside(default=database.settings)
 
 
 @pytest.fixture
@@ -191,6 +214,29 @@ async def test_a_view_that_raises_rolls_back(shows, serve, database, kind, error
     async with serve(path("", async_view if kind == "async" else sync_view)) as site:
         assert (await site.post("/", show="1")).status == status
     assert database.booked() == []
+
+
+async def test_a_database_error_that_is_swallowed_rolls_back_silently(shows, serve, database):
+    async def view(request):
+        await shows.views.book(request)
+        with suppress(IntegrityError):
+            await shows.models.Booking.objects.acreate(show_id=None)
+        return HttpResponse()
+
+    def its_own():
+        with suppress(IntegrityError), transaction.atomic():
+            shows.models.Booking.objects.create(show_id=None)
+
+    async def with_atomic(request):
+        await shows.views.book(request)
+        await sync_to_async(its_own)()
+        return HttpResponse()
+
+    async with serve(path("", view), path("atomic", with_atomic)) as site:
+        assert (await site.post("/", show="1")).status == 200
+        assert database.booked() == []
+        assert (await site.post("/atomic", show="1")).status == 200
+        assert database.booked() == [1]
 
 
 async def test_an_answer_of_any_status_commits(shows, serve, database):
@@ -318,6 +364,115 @@ async def test_on_commit_is_called_before_the_first_byte(shows, serve, database,
     assert database.booked() == [1, 1]
 
 
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+async def test_an_async_lifespan_factory_leaves_a_connection_idle(shows, serve, database, outside):
+    @lifespan_scoped
+    async def titles():
+        return [one.title async for one in shows.models.Show.objects.all()]
+
+    async def view(request):
+        return HttpResponse(await titles())
+
+    async with serve(path("", view)) as site:
+        assert (await site.get("/")).body == b"Hamlet"
+        await database.reach(1)
+        await outside(default=database.settings)
+        await database.reach(0)
+
+
+# Outside a request
+
+
+SCOPES_AT_ONCE = ["background", "frameworks", "serving"]
+
+
+async def two_at_once(scope, ask, bookings):
+    """Both begin, and book; the second ends, and then the first fails. What each raised."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def first():
+        async with scope():
+            await ask()
+            await bookings.acreate(show_id=1)
+            begun.set()
+            await ended.wait()
+            raise ValueError
+
+    async def second():
+        await begun.wait()
+        try:
+            async with scope():
+                await ask()
+                await bookings.acreate(show_id=1)
+        finally:
+            ended.set()
+
+    return await asyncio.gather(first(), second(), return_exceptions=True)
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+async def test_of_two_scopes_over_one_connection_the_second_is_told_that_it_has_no_transaction(
+    shows, database, outside
+):
+    first, second = await two_at_once(
+        request_scope, shows.resources.aatomic, shows.models.Booking.objects
+    )
+    assert isinstance(first, ValueError)
+    assert isinstance(second, RuntimeError)
+    assert "durable" in str(second)
+    assert database.booked() == []
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+async def test_of_two_scopes_with_a_thread_each_the_second_s_row_is_there(shows, project, database):
+    for page in [ATOMIC[0], *(f"recipes/{name}.md" for name in SCOPES_AT_ONCE)]:
+        written = "`async with ThreadSensitiveContext(), request_scope():`"
+        assert written in (pages.DOCS / page).read_text()
+    until_response = project(STREAM).resources.orm_until_response
+
+    @asynccontextmanager
+    async def scope():
+        async with ThreadSensitiveContext(), request_scope():
+            yield
+
+    async def ask():
+        await sync_to_async(until_response)()
+        await shows.resources.aatomic()
+        assert database.connected() > 0
+
+    first, second = await two_at_once(scope, ask, shows.models.Booking.objects)
+    assert isinstance(first, ValueError)
+    assert second is None
+    assert database.booked() == [1]
+    await database.reach(0)
+
+
+def test_django_s_testcase_rolls_back_what_a_request_has_committed(shows, database):
+    class Tests(TestCase):
+        async_client_class = AsyncClient
+
+        async def test_it(self):
+            answer = await self.async_client.post("/", {"show": "1"})
+            assert answer.content == b"Booked."
+            assert await shows.models.Booking.objects.acount() == 1
+            assert await sync_to_async(lambda: connection.in_atomic_block)()
+            async with request_scope():
+                await shows.resources.aatomic()
+                await shows.models.Booking.objects.acreate(show_id=1)
+            assert await shows.models.Booking.objects.acount() == 2
+
+    passes(Tests, path("", shows.views.book))
+    assert database.booked() == []
+
+
+def passes(case, *patterns):
+    with urls(*patterns):
+        result = unittest.TestResult()
+        unittest.TestSuite([case("test_it")]).run(result)
+    assert result.testsRun == 1
+    assert result.errors == result.failures == []
+
+
 # A connection given back before a long stream
 
 
@@ -346,6 +501,37 @@ async def test_no_connection_is_held_while_it_streams(
     assert streaming[0] == [None], "closed before the body's first part"
     assert [one.connection for one, _ in opened] == [None] * 2, "connected anew, and closed"
     assert database.booked() == [1]
+
+
+async def test_a_connection_in_a_transaction_is_not_closed(shows, project, serve, database):
+    """Asked for in the wrong order: the transaction is then committed, not lost."""
+    modules = project(STREAM)
+
+    async def view(request):
+        await shows.views.book(request)
+        await sync_to_async(modules.resources.orm_until_response)()
+        return HttpResponse()
+
+    async with serve(path("", view)) as site:
+        assert (await site.post("/", show="1")).status == 200
+    assert database.booked() == [1]
+
+
+def test_django_s_testcase_keeps_its_connection(shows, project, database):
+    modules = project(STREAM)
+
+    class Tests(TestCase):
+        async_client_class = AsyncClient
+
+        async def test_it(self):
+            await shows.models.Booking.objects.acreate(show_id=1)
+            answer = await self.async_client.get("/")
+            body = [part async for part in answer.streaming_content]
+            assert body[-1] == b"1 now\n"
+            assert await shows.models.Booking.objects.acount() == 1
+
+    passes(Tests, path("", modules.streams.export))
+    assert database.booked() == []
 
 
 # Read-only
@@ -400,6 +586,53 @@ async def test_a_request_reads_from_the_replica_until_it_writes(
         assert router.db_for_read(show) == router.db_for_write(show) == "default"
         assert router.allow_relation(show(), show())
     assert log == [["a copy"], ["Hamlet", "Macbeth"], ["a copy"]]
+
+
+async def test_the_orm_works_where_no_request_is_or_is_no_longer(
+    shows, project, serve, database, settings_of_replica, outside
+):
+    assert project(REPLICA)
+    await outside(default=database.settings, replica=settings_of_replica)
+    log, release = [], asyncio.Event()
+
+    async def look(where):
+        log.append((where, [one.title async for one in shows.models.Show.objects.all()]))
+        await shows.models.Show.objects.filter(pk=2).aupdate(title="")
+
+    @lifespan_scoped
+    async def config():
+        await look("lifespan")
+
+    @request_scoped
+    async def audit():
+        yield
+        await look("teardown")
+
+    async def outlives():
+        await release.wait()
+        await look("task")
+
+    tasks = []
+
+    async def view(request):
+        await config()
+        await audit()
+        tasks.append(asyncio.create_task(outlives()))
+        return HttpResponse()
+
+    def finished(**kwargs):
+        async_to_sync(look)("receiver")
+
+    request_finished.connect(finished)
+    try:
+        async with serve(path("", view), DATABASE_ROUTERS=["routers.PinnedRouter"]) as site:
+            assert (await site.get("/")).status == 200
+            release.set()
+            await tasks[0]
+    finally:
+        request_finished.disconnect(finished)
+    assert sorted(where for where, _ in log) == ["lifespan", "receiver", "task", "teardown"]
+    assert dict(log)["lifespan"] == dict(log)["task"] == ["Hamlet"], "the default"
 
 
 @pytest.fixture
