@@ -1,7 +1,10 @@
 import asyncio
+import os
+import signal
 
 import asyncpg
 import django
+import psycopg
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.management import call_command
@@ -64,6 +67,13 @@ async def test_celery_with_sync_resources(project, notes, backends):
     await backends.reach(before)
 
 
+def disconnect(tasks):
+    from celery.signals import worker_process_init, worker_process_shutdown
+
+    worker_process_init.disconnect(tasks.open_lifespan)
+    worker_process_shutdown.disconnect(tasks.close_lifespan)
+
+
 @pytest.mark.parametrize("project", [[ASYNCPG, ASYNC]], ids=["async"], indirect=True)
 async def test_celery_with_one_loop_for_the_process(project, notes, backends):
     from celery.signals import worker_process_init, worker_process_shutdown
@@ -80,11 +90,11 @@ async def test_celery_with_one_loop_for_the_process(project, notes, backends):
 
     @tasks.app.task
     def failing():
-        tasks.runner.run(fails())
+        tasks.run(fails())
 
     @tasks.app.task
     def look():
-        pools.append(tasks.runner.run(project.resources.pool()))
+        pools.append(tasks.run(project.resources.pool()))
 
     def worker():
         worker_process_init.send(sender=None)
@@ -103,11 +113,75 @@ async def test_celery_with_one_loop_for_the_process(project, notes, backends):
     try:
         states = await asyncio.to_thread(worker)
     finally:
-        worker_process_init.disconnect(tasks.open_lifespan)
-        worker_process_shutdown.disconnect(tasks.close_lifespan)
+        disconnect(tasks)
     assert states == ["SUCCESS", "SUCCESS", "FAILURE", "SUCCESS", "SUCCESS"]
     assert await notes() == ["one", "two"]
     await backends.reach(before)
+
+
+def rows(address):
+    with psycopg.connect(address) as connection:
+        return [text for (text,) in connection.execute("SELECT text FROM notes ORDER BY id")]
+
+
+@pytest.fixture
+def time_limit():
+    """As a worker of the pool prefork hears of a task's `soft_time_limit`, in its main thread."""
+    from celery.exceptions import SoftTimeLimitExceeded
+
+    def exceeded(number, frame):
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGALRM, exceeded)
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.05)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("project", [[ASYNCPG, ASYNC]], ids=["async"], indirect=True)
+def test_celery_rolls_back_what_a_time_limit_interrupts(project, postgres_url, time_limit):
+    tasks, waits = project.tasks, []
+
+    async def slow():
+        from scoped import request_scope
+
+        async with request_scope():
+            connection = await project.resources.transaction()
+            await connection.execute("INSERT INTO notes (text) VALUES ('never')")
+            waits.append(asyncio.Event())
+            time_limit()
+            await waits[0].wait()
+
+    async def insert_with_patience(text):
+        waits[0].set()
+        await tasks.insert(text)
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=1)
+
+    @tasks.app.task
+    def interrupted():
+        tasks.run(slow())
+
+    @tasks.app.task
+    def post(text):
+        tasks.run(insert_with_patience(text))
+
+    @tasks.app.task
+    def rarely():
+        asyncio.run(slow())
+
+    tasks.open_lifespan()
+    try:
+        assert "SoftTimeLimitExceeded" in repr(rarely.apply().result)
+        assert rows(postgres_url) == []
+        waits.clear()
+        assert "SoftTimeLimitExceeded" in repr(interrupted.apply().result)
+        assert rows(postgres_url) == []
+        assert post.apply(["two"]).state == "SUCCESS"
+    finally:
+        tasks.close_lifespan()
+        disconnect(tasks)
+    assert rows(postgres_url) == ["two"]
 
 
 @pytest.mark.parametrize("project", [[ASYNCPG, ASYNC]], ids=["async"], indirect=True)
@@ -185,6 +259,24 @@ async def test_a_management_command(recipe, notes, backends, monkeypatch):
         await asyncio.to_thread(call_command, command, "three", "\0", "four")
     assert await notes() == ["one", "two", "three"]
     await backends.reach(before)
+
+
+def test_a_management_command_is_cancelled_by_ctrl_c(recipe, notes, postgres_url, monkeypatch):
+    project = recipe(ASYNCPG, COMMAND)
+    asked = []
+
+    async def transaction():
+        connection = await project.resources.transaction()
+        asked.append(connection)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return connection
+
+    monkeypatch.setattr(project.import_notes, "transaction", transaction)
+    with pytest.raises(KeyboardInterrupt):
+        call_command(project.import_notes.Command(), "one", "two", "three")
+    assert len(asked) == 2
+    assert rows(postgres_url) == ["one"]
 
 
 # Each of these runs a task as its worker does. `None` is refused by the table: the task fails.
