@@ -19,6 +19,7 @@ class Upstream:
         self.connections = 0
         self.open = 0
         self.server = None
+        self.kind = b""
         self.reached = asyncio.Event()
 
     async def serve(self, reader, writer):
@@ -42,7 +43,8 @@ class Upstream:
 
     async def answer(self, where, writer):
         if where == "/download":
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+            writer.write(b"%b%bSet-Cookie: session=secret\r\n\r\n" % (head, self.kind))
             for _ in range(3):
                 writer.write(b"3\r\nabc\r\n")
             writer.write(b"0\r\n\r\n")
@@ -137,9 +139,14 @@ async def test_an_answer_that_is_an_error_is_raised(recipe, serve, upstream):
 async def test_the_body_is_passed_on(recipe, serve, upstream):
     project = recipe(PASSED_ON)
     async with serve(path("", project.views.download), UPSTREAM=upstream.url) as site:
-        for _ in range(2):
-            assert (await site.get("/")).body == b"abcabcabc"
+        for kind in [b"", b"text/csv"]:
+            upstream.kind = kind and b"Content-Type: %b\r\n" % kind
+            answer = await site.get("/")
+            assert answer.body == b"abcabcabc"
+            sent = dict(answer.sent[0]["headers"])
+            assert sent[b"Content-Type"] == (kind or b"application/octet-stream")
     assert upstream.connections == 1
+    assert not any("session=secret" in head for head in upstream.requests)
     await upstream.closed()
 
 
