@@ -254,6 +254,27 @@ async def test_who_does_not_read_misses_the_oldest_and_holds_no_more(recipe, ser
     assert queue.qsize() == project.resources.BEHIND - 1
 
 
+async def test_the_subscription_outlives_a_message_that_is_not_utf_8(recipe, serve, keys, caplog):
+    project = recipe(PUBSUB)
+    async with serve(path("", project.views.events)) as site:
+        stream = site.open("/")
+        task = stream.start()
+        await reach(is_told(stream, b": subscribed\n\n"), True)
+        assert await keys.publish("news", b"\xff") == 1
+
+        async def is_lost():
+            return "UnicodeDecodeError" in caplog.text
+
+        async def is_heard():
+            return await keys.publish("news", "on") == 1
+
+        await reach(is_lost, True)
+        await reach(is_heard, True)
+        await reach(is_told(stream, b': subscribed\n\ndata: "on"\n\n'), True)
+        stream.disconnect()
+        await task
+
+
 async def test_the_subscription_outlives_a_redis_that_is_away(recipe, serve, monkeypatch):
     with start_redis() as server:
         monkeypatch.setenv("REDIS_URL", server.url)
