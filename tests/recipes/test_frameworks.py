@@ -83,6 +83,13 @@ async def test_what_rest_framework_answers_itself_must_be_noted(drf, serve, note
         await returned(drf)
 
 
+def test_an_api_view_in_a_unit_test_has_no_scope(drf):
+    from rest_framework.test import APIRequestFactory
+
+    answer = drf.views.Notes.as_view()(APIRequestFactory().post("/", {}))
+    assert answer.status_code == 400
+
+
 async def test_any_other_exception_of_an_api_view_rolls_back(drf, serve, notes):
     class View(drf.views.Notes):
         def post(self, request):
@@ -136,6 +143,19 @@ async def test_a_ninja_operation(recipe, serve, notes):
         await task
         assert await notes() == ["one"]
         await returned(project)
+
+
+def test_a_ninja_operation_in_a_unit_test_has_no_scope(recipe, notes):
+    from ninja.errors import HttpError
+    from ninja.testing import TestClient
+
+    api = recipe(ASYNCPG, NINJA).api.NotingAPI(urls_namespace="unit")
+
+    @api.get("/refused")
+    def refused(request):
+        raise HttpError(409, "no")
+
+    assert TestClient(api).get("/refused").status_code == 409
 
 
 async def test_what_ninja_answers_itself_must_be_noted(recipe, serve, notes):
