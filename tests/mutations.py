@@ -1649,8 +1649,8 @@ MUTATIONS = [
         "what is cancelled in the thread for sync code passes for done",
         (
             "core/waits",
-            "error = asyncio.CancelledError() if task.cancelled() else task.exception()",
-            "error = None if task.cancelled() else task.exception()",
+            "            raise cancellation or asyncio.CancelledError\n",
+            "            return\n",
         ),
     ),
     mutation(

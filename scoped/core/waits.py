@@ -134,8 +134,9 @@ async def hop(work: Callable[[], None], *, seconds: float | None = None) -> None
             _late.add(task)
             task.add_done_callback(_ended_late)
             raise cancellation or TimeoutError
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if (error := cancellation or error) is not None:
+        if task.cancelled():
+            raise cancellation or asyncio.CancelledError
+        if (error := task.exception() or cancellation) is not None:
             raise error
     finally:
         del cancellation
