@@ -452,7 +452,8 @@ def test_django_s_testcase_rolls_back_what_a_request_has_committed(shows, databa
         async_client_class = AsyncClient
 
         async def test_it(self):
-            answer = await self.async_client.post("/", {"show": "1"})
+            async with self.async_client as client:
+                answer = await client.post("/", {"show": "1"})
             assert answer.content == b"Booked."
             assert await shows.models.Booking.objects.acount() == 1
             assert await sync_to_async(lambda: connection.in_atomic_block)()
@@ -525,8 +526,9 @@ def test_django_s_testcase_keeps_its_connection(shows, project, database):
 
         async def test_it(self):
             await shows.models.Booking.objects.acreate(show_id=1)
-            answer = await self.async_client.get("/")
-            body = [part async for part in answer.streaming_content]
+            async with self.async_client as client:
+                answer = await client.get("/")
+                body = [part async for part in answer.streaming_content]
             assert body[-1] == b"1 now\n"
             assert await shows.models.Booking.objects.acount() == 1
 
