@@ -107,8 +107,8 @@ def _interrupted(item: pytest.Item) -> Generator[None, Any, Any]:
     try:
         return (yield)
     except (KeyboardInterrupt, pytest.exit.Exception) as error:
-        if _failures in item.stash:
-            item.stash[_failures].append(error)
+        nobodys: list[BaseException] = []
+        item.stash.get(_failures, nobodys).append(error)
         raise
 
 

@@ -1731,7 +1731,7 @@ MUTATIONS = [
         "a test that is interrupted commits",
         (
             "pytest_plugin",
-            "        if _failures in item.stash:\n            item.stash[_failures].append(error)\n",
+            "        item.stash.get(_failures, nobodys).append(error)\n",
             "",
         ),
     ),

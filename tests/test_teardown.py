@@ -476,13 +476,18 @@ class TestAllOfIt:
         async def fail() -> None:
             raise Grave
 
+        task = asyncio.current_task()
+        assert task is not None
+
         async def cancel() -> None:
-            raise asyncio.CancelledError
+            task.cancel()
+            await asyncio.sleep(0)
 
         with pytest.raises(Grave):
             async with request_scope():
                 await tracked("one", cancel)()
                 await tracked("two", fail)()
+        assert task.uncancel() == 0
         assert log == ["two", "one"]
 
     @WHERE

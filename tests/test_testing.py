@@ -408,7 +408,11 @@ class TestOverride:
             def mine() -> str:
                 return "mine"
 
-            fake = override(mine, "a fake of mine")
+            @staticmethod
+            def another() -> Iterator[str]:
+                yield "a fake of mine"
+
+            fake = override(mine, another)
 
         with request_scope():
             assert (Tests.test(), Tests().test()) == ("a fake", "a fake")

@@ -293,9 +293,8 @@ class LentThread(Executor):
 def lent_here() -> LentThread | None:
     """The one that is lent to the task at hand."""
     context = SyncToAsync.thread_sensitive_context.get(None)
-    if context is None:
-        return None
-    executor: Executor | None = SyncToAsync.context_to_thread_executor.get(context)
+    executors = SyncToAsync.context_to_thread_executor
+    executor: Executor | None = None if context is None else executors.get(context)
     return executor if isinstance(executor, LentThread) else None
 
 

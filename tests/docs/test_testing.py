@@ -322,7 +322,7 @@ def test_how_long_in_a_live_server(is_held):
         def test(self):
             with lifespan_scope() if is_held else nullcontext():
                 for _ in range(2):
-                    with urllib.request.urlopen(f"{self.live_server_url}/live") as response:  # noqa: S310
+                    with urllib.request.urlopen(f"{self.live_server_url}/live") as response:  # noqa: S310 (on loopback)
                         assert response.read() == b"ok"
                     while [scope for scope in inspect() if scope.name == "the request GET /live"]:
                         time.sleep(0.001)  # it ends after its client has all
