@@ -149,8 +149,11 @@ def test_lambda_keeps_what_is_lifespan_scoped(recipe, mode):
                 assert (answer["statusCode"], body) == (200, "pool"), json.dumps(answer)
         assert log == (["set up"] if mode == "off" else ["set up", "torn down"] * 2)
     finally:
-        if lifespan := lifespans.get(loop):  # kept for the next call, until the process ends
-            loop.run_until_complete(lifespan.close())
+        if left := asyncio.all_tasks(loop):  # it is kept for the next call, until the process ends
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left))
+        assert loop not in lifespans
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
         asyncio.set_event_loop(None)
