@@ -56,6 +56,16 @@ async def holder_that_waits(
     return holder, served[0]
 
 
+def pool_of(log: list[str]) -> Any:
+    @lifespan_scoped
+    async def pool() -> AsyncIterator[str]:
+        log.append("+pool")
+        yield "pool"
+        log.append("-pool")
+
+    return pool
+
+
 def request_that_uses_a_pool(
     log: list[str],
 ) -> tuple[Callable[[], Coroutine[Any, Any, None]], asyncio.Event]:
@@ -980,11 +990,7 @@ class TestRequestScopesOfItsFactories:
     def resources(log: list[str]) -> Any:
         """A lifespan resource that holds a request's, which uses the lifespan's to its end."""
 
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            log.append("+pool")
-            yield "pool"
-            log.append("-pool")
+        pool = pool_of(log)
 
         @request_scoped
         async def db() -> AsyncIterator[str]:
@@ -1049,11 +1055,7 @@ class TestRequestScopesOfItsFactories:
     async def test_what_it_opens_as_it_ends_uses_the_same_lifespan(
         self, log: list[str], is_held: bool
     ) -> None:
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            log.append("+pool")
-            yield "pool"
-            log.append("-pool")
+        pool = pool_of(log)
 
         @request_scoped
         async def db() -> str:
@@ -1074,11 +1076,7 @@ class TestRequestScopesOfItsFactories:
     async def test_a_lifespan_that_it_holds_is_the_one_that_it_is_part_of(
         self, log: list[str], is_held: bool
     ) -> None:
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            log.append("+pool")
-            yield "pool"
-            log.append("-pool")
+        pool = pool_of(log)
 
         @lifespan_scoped
         async def schema() -> AsyncIterator[str]:
@@ -1195,11 +1193,7 @@ class TestRequestScopesOfItsFactories:
             assert log == ["-registry", "migrated"]
 
     async def test_what_it_opens_as_it_ends_is_a_new_lifespan(self, log: list[str]) -> None:
-        @lifespan_scoped
-        async def pool() -> AsyncIterator[str]:
-            log.append("+pool")
-            yield "pool"
-            log.append("-pool")
+        pool = pool_of(log)
 
         @lifespan_scoped
         async def worker() -> AsyncIterator[None]:
