@@ -1611,7 +1611,7 @@ MUTATIONS = [
     ),
     mutation(
         "nobody is told which teardown was cancelled",
-        ("core/teardown", "        note(error, text)\n", "        pass\n"),
+        ("core/errors", "        note(error, text)\n", "        pass\n"),
     ),
     mutation(
         "a background task begins in an event loop that ends with the view",
@@ -1669,8 +1669,8 @@ MUTATIONS = [
         "what a factory opens in its lifespan knows nothing of that factory",
         (
             "core/lifespan",
-            "            self._here, self._scope = mine, mine.scope\n",
-            "            self._here = self._scope = mine.scope\n",
+            "            self._here = mine\n",
+            "            self._here = mine.scope\n",
         ),
     ),
     mutation(

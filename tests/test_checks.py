@@ -363,6 +363,11 @@ class TestRunserver:
             [message] = found()
             assert f"`uvicorn --reload {site.name}.routing:app " in message.hint
 
+    def test_a_setting_that_names_none_is_none(self, site, db):
+        with override_settings(ASGI_APPLICATION=""):
+            [message] = found()
+        assert f"`uvicorn --reload {site.name}.asgi:application " in message.hint
+
     def test_a_folder_of_sources_is_no_package(self, site, db, monkeypatch):
         monkeypatch.syspath_prepend(site.parent.parent)
         [message] = found()

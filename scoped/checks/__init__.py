@@ -117,9 +117,8 @@ def check_runserver(**kwargs: Any) -> list[CheckMessage]:
 
 def _asgi_application(path: Path) -> str:
     """As servers take it."""
-    if isinstance(given := getattr(settings, "ASGI_APPLICATION", None), str):
-        module, _, name = given.rpartition(".")
-        return f"{module}:{name}"
+    if (given := _given_application()) is not None:
+        return ":".join(given)
     # As it is imported: from the innermost folder that Python looks in.
     parts = path.absolute().with_suffix("").parts
     above = [Path(folder).absolute().parts for folder in sys.path]
@@ -219,12 +218,19 @@ def path_from_here(path: Path) -> str:
 
 def _asgi_files() -> list[Path]:
     """What serves the project over ASGI, as far as that can be known."""
-    # Channels' and daphne's setting.
-    application = getattr(settings, "ASGI_APPLICATION", None)
-    if application and isinstance(application, str):
-        path = _file_of(application.rpartition(".")[0])
+    if (given := _given_application()) is not None:
+        path = _file_of(given[0])
         return [] if path is None else [path]
     return _beside_the_settings("asgi.py")
+
+
+def _given_application() -> tuple[str, str] | None:
+    """Its module and its name there, by Channels' and daphne's setting."""
+    given = getattr(settings, "ASGI_APPLICATION", None)
+    if not given or not isinstance(given, str):
+        return None
+    module, _, name = given.rpartition(".")
+    return module, name
 
 
 def _beside_the_settings(name: str) -> list[Path]:

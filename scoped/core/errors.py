@@ -29,6 +29,7 @@ __all__ = [
     "ScopeClosedError",
     "ScopedError",
     "TeardownError",
+    "nobodys_cancellation",
     "note",
     "notes_of",
     "set_traceback",
@@ -278,6 +279,15 @@ def teardown_timed_out(resource: object, seconds: float, in_use_by: str = "") ->
     return TimeoutError(
         f"{resource} took longer than {seconds:g} seconds to be torn down. {remedy}"
     )
+
+
+def nobodys_cancellation(what: str, cancellation: BaseException) -> RuntimeError:
+    """For one that nobody has asked for from outside: so it is a failure. It keeps its notes."""
+    error = RuntimeError(f"{what}. Catch CancelledError where that is meant to be.")
+    error.__cause__ = cancellation
+    for text in notes_of(cancellation):
+        note(error, text)
+    return error
 
 
 # Somebody else's exception may refuse what we do to it: a frozen dataclass every attribute, others

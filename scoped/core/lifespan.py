@@ -335,8 +335,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
     """
 
     def __init__(self) -> None:
-        self._scope: Scope | None = None
-        self._here: Scope | Record | None = None  # what is current in it
+        self._here: Scope | Record | None = None  # what is current in it, while it is open
         self._previous: Scope | Record | None = None
         self._sets_up = True
 
@@ -386,7 +385,7 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
             run_without_loop(scope.drop(exc, around))
 
     def _hold(self) -> Scope:
-        if self._scope is not None:
+        if self._here is not None:
             raise RuntimeError("This lifespan_scope() is open: make a new one for each use.")
         self._previous = current.get()
         loop = running_loop()
@@ -394,18 +393,18 @@ class lifespan_scope:  # noqa: N801 (it is used as a function)
         # A factory may be one of those, and open one as it ends.
         self._sets_up = mine is None
         if mine is not None and mine.scope.is_open and mine.scope.loop is loop:
-            self._here, self._scope = mine, mine.scope
+            self._here = mine
         else:
-            self._here = self._scope = LifespanScope.hold()
+            self._here = LifespanScope.hold()
         current.set(self._here)
-        return self._scope
+        return self._here.scope
 
     def _leave(self) -> tuple[LifespanScope | None, list[Scope]]:
         """
         The lifespan that it has held, and the requests in which this block stands: they cannot end
         before it.
         """
-        held, self._here, self._scope = self._here, None, None
+        held, self._here = self._here, None
         if current.get() is held:
             current.set(self._previous)
         previous, self._previous = self._previous, None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from scoped.core import observer
 from scoped.core.current import current
-from scoped.core.errors import TeardownError, note, notes_of
+from scoped.core.errors import TeardownError, nobodys_cancellation, note
 from scoped.core.place import Keeper, Thread, begin_finish
 from scoped.core.record import GONE, HELD, STARTING, Latch, LoopLatch, Record
 from scoped.core.resource import LIFESPAN
@@ -258,7 +258,12 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
         if isinstance(problem, Exception):
             errors.append(problem)
         elif isinstance(problem, asyncio.CancelledError) and not is_cancelled:
-            errors.append(_of_own_cancellation(scope, problem))
+            what = (
+                f"A teardown of {scope} was cancelled, and the task that closes it was not: it "
+                "awaited something that had been cancelled, its own task was, or the time was up "
+                "of a timeout that another factory holds across its `yield`"
+            )
+            errors.append(nobodys_cancellation(what, problem))
         # The later one counts, but no cancellation hides a KeyboardInterrupt.
         elif fatal is None or isinstance(fatal, asyncio.CancelledError):
             fatal = problem
@@ -271,15 +276,3 @@ def raise_all(scope: "Scope", problems: list[BaseException]) -> NoReturn:
         raise fatal
     finally:
         del fatal, errors, problem
-
-
-def _of_own_cancellation(scope: "Scope", cancellation: BaseException) -> RuntimeError:
-    error = RuntimeError(
-        f"A teardown of {scope} was cancelled, and the task that closes it was not: it awaited "
-        "something that had been cancelled, its own task was, or the time was up of a timeout that "
-        "another factory holds across its `yield`. Catch CancelledError where that is meant to be."
-    )
-    error.__cause__ = cancellation
-    for text in notes_of(cancellation):
-        note(error, text)
-    return error

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from asgiref.sync import AsyncToSync
 
 from scoped.core.current import current, scope_here
-from scoped.core.errors import TeardownError
+from scoped.core.errors import TeardownError, nobodys_cancellation
 from scoped.core.names import printable, printable_repr
 from scoped.core.request import RequestScope, ServedScope
 from scoped.core.scope import Scope
@@ -229,7 +229,11 @@ async def _close(
             if thread is not None and thread.is_taken:
                 await in_thread(thread, partial(_leave, thread), f"Tidying the thread of {scope}")
     if isinstance(failure, asyncio.CancelledError) and not is_cancelled():
-        failure = _of_own_cancellation(failure)
+        what = (
+            "It was cancelled, though nobody has cancelled its task: it awaited something that had "
+            "been"
+        )
+        failure = nobodys_cancellation(what, failure)
     try:
         if isinstance(failure, Exception):
             logger.error(
@@ -246,15 +250,6 @@ async def _close(
             raise failure
     finally:
         del failure  # no cycle with this frame
-
-
-def _of_own_cancellation(cancellation: BaseException) -> RuntimeError:
-    error = RuntimeError(
-        "It was cancelled, though nobody has cancelled its task: it awaited something that had "
-        "been. Catch CancelledError where that is meant to be."
-    )
-    error.__cause__ = cancellation
-    return error
 
 
 def _leave(thread: LentThread) -> None:

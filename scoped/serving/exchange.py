@@ -19,7 +19,7 @@ from django.core.signals import request_finished, request_started
 from django.dispatch import Signal
 from django.urls import set_script_prefix
 
-from scoped.core.errors import TeardownError
+from scoped.core.errors import TeardownError, nobodys_cancellation
 from scoped.core.names import printable_repr
 from scoped.core.request import RequestScope
 from scoped.core.waits import hop, sync_parent
@@ -253,13 +253,11 @@ class Exchange:
             await request_scope.close(error)
         except TeardownError as group:
             return group.exceptions[0] if len(group.exceptions) == 1 else group
-        failure = RuntimeError(
+        what = (
             f"{request_scope} was cancelled, though neither by its client nor by the server: it "
-            "awaited something that had been cancelled, or cancelled its own task. Catch "
-            "CancelledError where that is meant to be."
+            "awaited something that had been cancelled, or cancelled its own task"
         )
-        failure.__cause__ = error
-        return failure
+        return nobodys_cancellation(what, error)
 
     def uncancel(self) -> None:
         """So that timeouts and task groups work in teardowns."""
